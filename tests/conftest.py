@@ -1,0 +1,41 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors are faster on one thread, and float32 sums are then equal between processes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The repository's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real corpora named by RLHF_TEST_DATA; tests that need it skip without it."""
+    folder = os.environ.get("RLHF_TEST_DATA")
+    if not folder:
+        pytest.skip("RLHF_TEST_DATA is not set: no real corpora to test on")
+    return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave GPU tests out where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skipif(True, reason="no CUDA device"))
