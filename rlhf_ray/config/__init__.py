@@ -1,0 +1,36 @@
+"""Typed configuration: defaults < YAML < command line, one class a stage."""
+
+from rlhf_ray.config.loader import Config, ConfigError, load, repository_path
+from rlhf_ray.config.ppo import KL, PPO, Generation, PPOConfig, RewardSource
+from rlhf_ray.config.stages import (
+    ChatConfig,
+    EvaluateConfig,
+    Optimiser,
+    PipelineConfig,
+    PretrainConfig,
+    RewardModelConfig,
+    SFTConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "KL",
+    "PPO",
+    "ChatConfig",
+    "Config",
+    "ConfigError",
+    "EvaluateConfig",
+    "Generation",
+    "Optimiser",
+    "PPOConfig",
+    "PipelineConfig",
+    "PretrainConfig",
+    "RewardModelConfig",
+    "RewardSource",
+    "SFTConfig",
+    "TokenizerConfig",
+    "TrainConfig",
+    "load",
+    "repository_path",
+]

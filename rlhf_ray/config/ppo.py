@@ -1,0 +1,193 @@
+"""The configuration of a PPO run.  Names and defaults are ALGORITHMS.md's; sources are named there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf_ray.config.loader import Config, Section
+
+
+class Generation(Section):
+    """How rollout workers sample."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Also divides the logits of policy and reference wherever logprobs are taken."""
+    response_length: int = Field(48, ge=1)
+    """Tokens of a response, at most, its EOS included."""
+    prompt_length: int = Field(128, ge=1)
+    """Tokens of a prompt, at most."""
+    long_prompts: Literal["drop", "cut"] = "drop"
+    """What happens to longer prompts; either way they are counted."""
+    min_new_tokens: int = Field(0, ge=0)
+    """EOS is impossible before so many tokens."""
+    shard_size: int = Field(32, ge=1)
+    """Rows that one worker generates in one call, and that are scored together."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class KL(Section):
+    """The KL penalty inside the reward."""
+
+    coef: float = Field(0.05, ge=0)
+    """beta; the starting value of the adaptive controller."""
+    adaptive: bool = False
+    target: float = Field(6.0, gt=0)
+    """Nats per sequence that the adaptive controller steers to."""
+    horizon: int = Field(10_000, ge=1)
+    """Sequences over which the adaptive controller moves."""
+
+
+class RewardSource(Section):
+    """One term of the reward; the scores of several are added with their weights."""
+
+    kind: Literal["model", "function", "http"] = "model"
+    source: str = "checkpoints/reward_model/default"
+    """A reward model's folder or run, path/to/file.py:function, or a URL."""
+    weight: float = 1.0
+    timeout: float = Field(30.0, gt=0)
+    """Seconds for one HTTP request."""
+    retries: int = Field(3, ge=0)
+    """Further HTTP attempts, with growing pauses."""
+
+
+class PPO(Section):
+    """The update."""
+
+    epochs: int = Field(4, ge=1)
+    """Passes over one batch of experience."""
+    mini_batch_size: int = Field(64, ge=1)
+    """Rows of one optimiser step."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Rows of one forward pass."""
+    lr: float = Field(1e-5, gt=0)
+    value_lr: float = Field(0.0, ge=0)
+    """Learning rate of a separate critic; 0 takes the policy's."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_fraction: float = Field(0.0, ge=0, le=0.1)
+    """Share of the run's steps with a rising learning rate."""
+    adam_eps: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradient clipping; 0 turns it off."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float = Field(0.0, ge=0)
+    """Bound on the loss of a bad token whose ratio has run away; 0 turns it off, 3 is usual."""
+    value_clip: float = Field(0.2, ge=0)
+    """How far a value may move from the old one in the value loss; 0 leaves it free."""
+    value_coef: float = Field(0.1, ge=0)
+    entropy_coef: float = Field(0.0, ge=0)
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    missing_eos_penalty: float | None = None
+    """For a response without EOS; unset leaves its score alone."""
+    missing_eos: Literal["replace", "subtract"] = "replace"
+    """Whether that penalty replaces the score or is taken off it."""
+    score_clip: float = Field(0.0, ge=0)
+    """Scores are clipped to plus and minus this; 0 turns it off."""
+    target_update_kl: float = Field(0.0, ge=0)
+    """Leave the epochs when the update's own KL exceeds this; 0 turns it off."""
+    critic: Literal["separate", "shared"] = "separate"
+    """A network of its own, started from the reward model, or a value head on the policy's trunk."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of the learner; weights and optimiser stay float32."""
+
+
+class PPOConfig(Config):
+    """Reinforcement learning from human feedback with PPO."""
+
+    run: str = Field("default", min_length=1, pattern=r"^[\w.-]+$")
+    """Name of the run: the folder below checkpoints/ppo."""
+    checkpoints: Path = Path("checkpoints")
+    """Folder that holds every stage's runs."""
+    seed: int = Field(0, ge=0)
+    resume: bool = True
+    """Go on from the newest complete checkpoint of the run, if there is one."""
+    allow_config_change: bool = False
+    """Resume although the saved configuration differs."""
+    overwrite: bool = False
+    """Delete the run's folder first."""
+    max_bad_rows: int = Field(0, ge=0)
+    """Malformed prompt rows to skip before the run stops."""
+
+    policy: Path = Path("checkpoints/sft/default")
+    """The SFT policy: where the policy starts, and the frozen reference."""
+    reward: list[str] = []
+    """Short form of rewards: path/to/file.py:function, a URL or a reward model's folder, each with weight 1."""
+    rewards: list[RewardSource] = [RewardSource()]
+    """Terms of the reward."""
+    critic_init: Path | None = None
+    """Reward model that a separate critic starts from; unset takes the first reward model, else the policy."""
+    prompts: Path = Path("data/raw/prompts.txt")
+    template: Literal["chat", "alpaca", "plain"] = "chat"
+
+    num_rollout_workers: int = Field(2, ge=0)
+    """Ray actors that generate; 0 runs every role in this process."""
+    num_reward_workers: int = Field(1, ge=1)
+    num_reference_workers: int = Field(1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    rollout_cpus: float = Field(0.25, gt=0)
+    """CPU share that one rollout worker reserves: bookkeeping for placement, not a limit."""
+    service_cpus: float = Field(0.1, gt=0)
+    """The same for one reward, reference or learner worker."""
+    rollout_gpus: float = Field(0.2, ge=0)
+    """GPUs of one rollout worker, where there are any."""
+    reward_gpus: float = Field(0.1, ge=0)
+    reference_gpus: float = Field(0.1, ge=0)
+    learner_gpus: float = Field(0.4, ge=0)
+    rollout_threads: int = Field(1, ge=1)
+    """Torch threads of one rollout worker."""
+    scoring_threads: int = Field(1, ge=1)
+    """Torch threads of one reward or reference worker."""
+    learner_threads: int = Field(0, ge=0)
+    """Torch threads of the learner; 0 takes every core."""
+    timeout: float = Field(1800.0, gt=0)
+    """Seconds that the driver waits for any one result."""
+
+    batch_size: int = Field(128, ge=1)
+    """Rows of one step."""
+    group_size: int = Field(1, ge=1)
+    """Responses of one prompt in one step."""
+    total_steps: int = Field(100, ge=1)
+    max_staleness: int = Field(0, ge=0, le=0)
+    """Batches that generation may be ahead of learning."""
+    save_every: int = Field(25, ge=1)
+    """Steps between two checkpoints."""
+    keep: int = Field(2, ge=1)
+    samples_every: int = Field(1, ge=1)
+    """Steps between two parquet files of samples."""
+    sample_rows: int = Field(32, ge=0)
+    """Rows of such a file."""
+
+    generation: Generation = Generation()
+    kl: KL = KL()
+    ppo: PPO = PPO()
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> PPOConfig:
+        if self.batch_size % self.group_size:
+            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of group_size = {self.group_size}")
+        if self.ppo.mini_batch_size > self.batch_size:
+            raise ValueError(
+                f"ppo.mini_batch_size = {self.ppo.mini_batch_size} is larger than batch_size = {self.batch_size}"
+            )
+        return self
+
+    @property
+    def reward_sources(self) -> list[RewardSource]:
+        """``reward`` (short form) when given, else ``rewards``."""
+        if not self.reward:
+            return self.rewards
+        return [RewardSource(kind=_kind(source), source=source) for source in self.reward]
+
+
+def _kind(source: str) -> Literal["model", "function", "http"]:
+    if source.startswith(("http://", "https://")):
+        return "http"
+    return "function" if ".py:" in source else "model"
