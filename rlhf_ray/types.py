@@ -9,7 +9,7 @@ handle is anything with ``result()``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -87,6 +87,11 @@ class Rollout:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Columns up to the end of the longest row."""
+        return int(self.attention_mask.sum(1).max())
 
     @property
     def response_lengths(self) -> Tensor:
@@ -209,29 +214,42 @@ class Shards(Generic[X]):
         return len(self.handles)
 
 
-def pad_rows(tensors: Sequence[Tensor], width: int) -> Tensor:
-    """Concatenate (b, t) blocks into one (B, width) tensor, zeros to the right."""
-    return torch.cat([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in tensors])
+def pad_columns(x: Tensor, width: int) -> Tensor:
+    """(b, t) as (b, width), zeros to the right."""
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
 
-def concat(parts: Sequence[Any]) -> Any:
-    """Concatenate equal-typed tensors or dataclasses of tensors along rows, right-padding (b, t) fields alike.
+def concat(parts: Sequence[Any], *, width: int | None = None) -> Any:
+    """Join equal-typed tensors or dataclasses of tensors along rows, (b, t) ones right-padded to ``width``.
 
-    Raises AssertionError when a field is None in some parts and not in others.
+    Without a width the widest part gives it.  AssertionError when a field is None in some parts and not in others.
     """
     first = parts[0]
     if first is None:
         assert all(part is None for part in parts)
         return None
     if isinstance(first, Tensor):
-        return torch.cat(list(parts)) if first.ndim == 1 else pad_rows(parts, max(x.shape[1] for x in parts))
-    return replace(first, **{f.name: concat([getattr(p, f.name) for p in parts]) for f in fields(first)})
+        if first.ndim == 1:
+            return torch.cat(list(parts))
+        columns = max(x.shape[1] for x in parts) if width is None else width
+        return torch.cat([pad_columns(x, columns) for x in parts])
+    return replace(
+        first, **{f.name: concat([getattr(part, f.name) for part in parts], width=width) for f in fields(first)}
+    )
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same dataclass with every tensor in it changed; None stays None."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else change(value)
+    return replace(value, **{f.name: _map(getattr(value, f.name), change) for f in fields(value)})
 
 
 def select(value: Any, rows: Tensor | slice) -> Any:
-    """The given rows of a tensor or of a dataclass of tensors; None stays None."""
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return value[rows]
-    return replace(value, **{f.name: select(getattr(value, f.name), rows) for f in fields(value)})
+    """The given rows of a dataclass of tensors."""
+    return _map(value, lambda x: x[rows])
+
+
+def trim(value: Any, width: int) -> Any:
+    """The first ``width`` columns of every (B, T) tensor in a dataclass."""
+    return _map(value, lambda x: x[:, :width] if x.ndim == 2 else x)

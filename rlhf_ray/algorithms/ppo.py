@@ -1,0 +1,128 @@
+"""Proximal policy optimisation from a reward and a KL penalty (Schulman et al. 2017; Ziegler et al. 2019).
+
+    prompts -> generator -> rollouts -+-> reward ----> scores -------+
+                                      +-> reference -> ref_logprobs -+-> credit -> experience -> learner -> weights
+                                      +-> learner ---> old_logprobs -+                                        |
+                                                       values        |                  generator <-----------+
+
+A shard of rollouts is judged as soon as it is generated, while other shards are still under way.
+
+Left out on purpose: who computes and where (roles), and what is written down (the run).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.config import KL, PPO, PPOConfig
+from rlhf_ray.ops.advantages import MISSING_EOS, clip_scores, gae, kl_shaped_rewards
+from rlhf_ray.ops.kl import AdaptiveKL, FixedKL, KLController, k3, sequence_kl
+from rlhf_ray.ops.losses import explained_variance
+from rlhf_ray.ops.masked import masked_mean, masked_var, whiten
+from rlhf_ray.roles import Roles, Run, gather
+from rlhf_ray.types import Experience, Judged
+
+FIRST_KL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
+"""Nats per sequence between two copies of one policy: rounding alone."""
+
+
+def kl_controller(config: KL) -> KLController:
+    """The controller that the configuration asks for."""
+    if config.adaptive:
+        return AdaptiveKL(config.coef, target=config.target, horizon=config.horizon)
+    return FixedKL(config.coef)
+
+
+def train(config: PPOConfig, roles: Roles, run: Run) -> None:
+    """Train until the run's steps are done or it is asked to stop.
+
+    Raises ValueError when the first rollouts show that policy, reference and generator are not the same model.
+    """
+    controller = run.track("kl", kl_controller(config.kl))
+    roles.generator.update_weights(roles.learner.weights(run.first_step))
+    for step, rollouts in run.rollouts(roles.generator):  # 1. act
+        with run.time("judge"):  # 2. judge: three calls, all in flight while shards are still being generated
+            scores = roles.reward.score(rollouts)
+            ref_logprobs = roles.reference.logprobs(rollouts)
+            evaluation = roles.learner.evaluate(rollouts)
+        with run.time("generate"):
+            rollout = gather(rollouts)
+        with run.time("judge"):
+            judged = Judged(
+                rollout=rollout,
+                scores=gather(scores),
+                ref_logprobs=gather(ref_logprobs),
+                evaluation=gather(evaluation),
+            )
+        if step == 0:
+            check_first_kl(judged, config.ppo.dtype)
+        experience, credited = credit(config.ppo, judged, controller.coef)  # 3. credit
+        with run.time("learn"):  # 4. learn
+            learned = roles.learner.update(experience).result()
+        with run.time("publish"):  # 5. publish
+            roles.generator.update_weights(roles.learner.weights(step + 1))
+        controller.update(credited["objective/kl"], len(rollout))
+        run.end_step(step, judged, experience, {**credited, **learned})
+
+
+def check_first_kl(judged: Judged, dtype: str) -> None:
+    """Raise ValueError unless policy and reference agree on the first batch, as two copies of one model do."""
+    kl = sequence_kl(judged.evaluation.old_logprobs, judged.ref_logprobs, judged.rollout.response_mask)
+    worst = float(kl.abs().max())
+    if not worst <= FIRST_KL_TOLERANCE[dtype]:
+        raise ValueError(
+            f"at step 0 policy and reference differ by {worst:.3g} nats in a sequence, which must be 0: they are not "
+            "the same model, or one of them has dropout on; refusing to train"
+        )
+
+
+def shape_scores(config: PPO, scores: Tensor, finished: Tensor) -> Tensor:
+    """Scores (B,) after the penalty for responses (B,) that did not finish, and clipping."""
+    if config.missing_eos_penalty is not None:
+        scores = MISSING_EOS[config.missing_eos](scores, finished, config.missing_eos_penalty)
+    if config.score_clip:
+        scores = clip_scores(scores, config.score_clip)
+    return scores
+
+
+def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dict[str, float]]:
+    """From scores to advantages: KL-shaped rewards, GAE and whitening over the whole batch; and its metrics."""
+    rollout, evaluation = judged.rollout, judged.evaluation
+    mask, old_logprobs = rollout.response_mask, evaluation.old_logprobs
+    assert evaluation.values is not None, "PPO needs a critic"
+    scores = shape_scores(config, judged.scores, rollout.finished)
+    rewards, kl = kl_shaped_rewards(scores, old_logprobs, judged.ref_logprobs, mask, kl_coef)  # (B, T) each
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, keep_mean=True)
+    advantages, returns = gae(rewards, evaluation.values, mask, config.gamma, config.gae_lambda)
+    experience = Experience(
+        rollout=rollout,
+        old_logprobs=old_logprobs,
+        advantages=whiten(advantages, mask) if config.whiten_advantages else advantages,
+        values=evaluation.values,
+        returns=returns,
+    )
+    mismatch = (rollout.rollout_logprobs - old_logprobs).abs()
+    k3_kl = sequence_kl(old_logprobs, judged.ref_logprobs, mask, k3)
+    lengths = rollout.response_lengths.float()
+    metrics = {
+        "objective/scores": judged.scores.mean(),
+        "objective/scores_std": judged.scores.std(correction=0),
+        "objective/rlhf_reward": (scores - kl_coef * kl.sum(1)).mean(),
+        "objective/kl": kl.sum(1).mean(),
+        "objective/kl_k3": k3_kl.mean(),
+        "objective/kl_coef": torch.tensor(kl_coef),
+        "objective/entropy": masked_mean(evaluation.entropy, mask),
+        "objective/eos_rate": rollout.finished.float().mean(),
+        "val/num_eos_tokens": rollout.finished.float().sum(),
+        "val/explained_variance": explained_variance(evaluation.values, returns, mask),
+        "val/value_mean": masked_mean(evaluation.values, mask),
+        "val/return_mean": masked_mean(returns, mask),
+        "val/advantage_std": masked_var(advantages, mask).sqrt(),
+        "response_length/mean": lengths.mean(),
+        "response_length/max": lengths.max(),
+        "mismatch/mean": masked_mean(mismatch, mask),
+        "mismatch/max": torch.where(mask, mismatch, 0.0).max(),
+    }
+    return experience, {name: float(value) for name, value in metrics.items()}

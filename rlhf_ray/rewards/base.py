@@ -1,0 +1,55 @@
+"""What a reward is: something that scores finished rows.
+
+A row is scored with everything known about it: its tokens, its response as text, and the prompt row it answers with
+all the fields that the prompt file gave it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.data.prompt_set import PromptSet
+from rlhf_ray.tokenizer import Tokenizer
+from rlhf_ray.types import Rollout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardContext:
+    """What a reward is built with."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSet
+    device: str
+    dtype: torch.dtype
+    micro_batch_size: int
+
+
+class RewardFunction(Protocol):
+    """One term of the reward."""
+
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """(B,) float32: one score a row, not yet weighted."""
+        ...
+
+
+def response_texts(rollout: Rollout, tokenizer: Tokenizer) -> list[str]:
+    """The responses as text, special tokens left out."""
+    return [
+        tokenizer.decode(tokens[mask].tolist())
+        for tokens, mask in zip(rollout.tokens, rollout.response_mask, strict=True)
+    ]
+
+
+def check_scores(scores: Tensor, rows: int, source: str) -> Tensor:
+    """The scores as (B,) float32; ValueError when their number is wrong or one is not finite."""
+    if scores.shape != (rows,):
+        raise ValueError(f"reward {source} returned {tuple(scores.shape)} scores for {rows} rows")
+    scores = scores.float()
+    if not bool(scores.isfinite().all()):
+        bad = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(f"reward {source} returned {scores[bad].item()} for row {bad}; scores must be finite")
+    return scores

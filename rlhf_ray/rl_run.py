@@ -1,0 +1,154 @@
+"""A reinforcement-learning run: batches of prompts in, metrics, samples and checkpoints out.
+
+It goes on exactly where a checkpoint left off: prompts and random streams are functions of the step, the learner's
+and the tracked states are in the checkpoint, and what was written after it is taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+from rlhf_ray.checkpoint import CheckpointStore, load_tree, save_tree
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.console import Progress
+from rlhf_ray.data.prompt_set import PromptSet
+from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.ops.kl import kl_terms
+from rlhf_ray.roles import Generator, Roles, S, Stateful
+from rlhf_ray.run import Run
+from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
+from rlhf_ray.types import Experience, Judged, Rollout, Shards
+
+SHOWN = {
+    "score": "objective/scores",
+    "kl": "objective/kl",
+    "length": "response_length/mean",
+    "eos": "objective/eos_rate",
+    "tok/s": "perf/tokens_per_second/generator",
+}
+"""What the progress line shows."""
+
+
+class SavesItself(Protocol):
+    """A learner that can write and read its part of a checkpoint."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+class RLRun:
+    """One run of an RL algorithm in its folder."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: PPOConfig,
+        roles: Roles,
+        learner: SavesItself,
+        tokenizer: Tokenizer,
+        prompts: PromptSet,
+    ) -> None:
+        """Take the newest complete checkpoint in the run's folder up, if there is one."""
+        self.run, self.config, self.roles = run, config, roles
+        self.learner, self.tokenizer, self.prompts = learner, tokenizer, prompts
+        self.stream = PromptStream(len(prompts), config.batch_size, group_size=config.group_size, seed=config.seed)
+        self.store = CheckpointStore(run.folder, keep=config.keep, report=run.say)
+        self.first_step = 0
+        self._tracked: dict[str, Stateful] = {}
+        self._saved: dict[str, Any] = {}
+        checkpoint = self.store.newest_complete() if config.resume else None
+        if checkpoint:
+            state = load_tree(checkpoint / "run")
+            self.first_step, self._saved = state["step"], state["tracked"]
+            learner.load(checkpoint)
+            run.say(f"going on from {checkpoint}")
+        run.resume_at(self.first_step)
+
+    def track(self, name: str, state: S) -> S:
+        """Restore a small state from the checkpoint that was taken up, and save it with the next ones."""
+        if name in self._saved:
+            state.load_state_dict(self._saved[name])
+        self._tracked[name] = state
+        return state
+
+    def time(self, phase: str) -> AbstractContextManager[None]:
+        """Add the seconds inside to ``time/<phase>``."""
+        return self.run.time(phase)
+
+    def rollouts(self, generator: Generator) -> Iterator[tuple[int, Shards[Rollout]]]:
+        """Steps and their rollouts, sampled with the weights of that very step, until done or asked to stop."""
+        with Progress("ppo", self.config.total_steps, start=self.first_step) as self._progress:
+            for step in range(self.first_step, self.config.total_steps):
+                self._started = perf_counter()
+                with self.run.time("generate"):
+                    shards = generator.generate(self.stream.take(step), step)
+                yield step, shards
+                if self.run.should_stop:
+                    self.run.say(f"stopped after step {step + 1}; the same command goes on from here")
+                    return
+
+    def end_step(self, step: int, judged: Judged, experience: Experience, metrics: dict[str, float]) -> None:
+        """Log the step, keep samples, and save when it is time or the run is asked to stop."""
+        done = step + 1
+        staleness = (step - judged.rollout.policy_version).float()
+        metrics = {
+            **metrics,
+            "staleness/mean": float(staleness.mean()),
+            "episode": float(done * len(judged.rollout)),
+            **self._throughput(),
+            "time/step": perf_counter() - self._started,
+        }
+        if self.config.sample_rows and (done % self.config.samples_every == 0 or done == 1):
+            self.run.samples(done, self._sample_rows(judged, experience))
+        self.run.log(done, metrics)
+        self._progress.update(done, {name: metrics[key] for name, key in SHOWN.items()})
+        if done % self.config.save_every == 0 or done == self.config.total_steps or self.run.should_stop:
+            self._save(done)
+
+    def _throughput(self) -> dict[str, float]:
+        roles: dict[str, Callable[[], Any]] = {
+            "generator": self.roles.generator.usage,
+            "reward": self.roles.reward.usage,
+            "reference": self.roles.reference.usage,
+            "learner": self.roles.learner.usage,
+        }
+        usage = {role: ask() for role, ask in roles.items()}
+        return {
+            **{f"perf/tokens_per_second/{role}": used.tokens_per_second for role, used in usage.items()},
+            **{f"perf/busy_seconds/{role}": used.seconds for role, used in usage.items()},
+        }
+
+    def _sample_rows(self, judged: Judged, experience: Experience) -> list[dict[str, Any]]:
+        rollout = judged.rollout
+        mask = rollout.response_mask
+        kl = kl_terms(experience.old_logprobs, judged.ref_logprobs, mask).sum(1)
+        advantages = experience.advantages.sum(1) / mask.sum(1)
+        return [
+            {
+                "prompt": self.tokenizer.decode(
+                    rollout.tokens[b][rollout.attention_mask[b] & ~mask[b]].tolist(), skip_special=False
+                ),
+                "response": self.tokenizer.decode(rollout.tokens[b][mask[b]].tolist(), skip_special=False),
+                "score": float(judged.scores[b]),
+                "kl": float(kl[b]),
+                "advantage": float(advantages[b]),
+                "policy_version": int(rollout.policy_version[b]),
+            }
+            for b in range(min(self.config.sample_rows, len(rollout)))
+        ]
+
+    def _save(self, step: int) -> None:
+        def fill(folder: Path) -> None:
+            self.learner.save(folder)
+            write_hf_tokenizer(folder, self.tokenizer, self.config.template)
+            tracked = {name: state.state_dict() for name, state in self._tracked.items()}
+            save_tree(folder / "run", {"step": step, "tracked": tracked})
+
+        with self.run.time("save"):
+            self.run.sync()
+            self.store.write(step, fill)

@@ -1,0 +1,38 @@
+"""Environment variables that Ray reads while it is imported.
+
+They are set when ``rlhf_ray.runtime`` is imported, before any of its modules imports Ray; what the user has set stays.
+"""
+
+from __future__ import annotations
+
+import os
+
+from rlhf_ray.config.loader import REPOSITORY
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Idle OpenMP threads of one worker must not burn the cores that another one computes on.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+# One box needs no open ports: everything then listens on the loopback interface.
+ONE_BOX = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def joins_a_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster to join, as it does inside a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def prepare_environment() -> None:
+    """Set the variables, and let workers find this package from whatever folder the driver was started in."""
+    for name, value in {**ENVIRONMENT, **({} if joins_a_cluster() else ONE_BOX)}.items():
+        os.environ.setdefault(name, value)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if str(REPOSITORY) not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, paths)])

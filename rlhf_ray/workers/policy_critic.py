@@ -1,0 +1,193 @@
+"""Policy and critic together: a critic of its own, or a value head on the policy's trunk.
+
+Both answer one call with log-probabilities, entropies and values of a micro-batch, all aligned to the token that they
+are about.  The separate critic starts from the reward model (Huang et al., N+); the shared head starts at zero
+(Ziegler et al. 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.checkpoint import load_tree, save_tree
+from rlhf_ray.models import GPT2
+from rlhf_ray.models.heads import SharedValueHead, ValueModel, before
+from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy, save_reward_model
+from rlhf_ray.ops.logprobs import token_logprobs
+from rlhf_ray.ops.masked import mask_out
+from rlhf_ray.types import Rollout
+from rlhf_ray.workers.scoring import autocast, policy_logprobs
+
+
+class PolicyCritic(Protocol):
+    """What the learner trains."""
+
+    policy: GPT2
+    device: torch.device
+    dtype: torch.dtype
+    """Compute type; parameters are float32."""
+
+    def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logprobs, entropy (if asked) and values of the response tokens, (b, t) float32 each, 0 elsewhere."""
+        ...
+
+    def parameter_groups(self, lr: float, value_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """AdamW's groups; weight decay on matrices alone."""
+        ...
+
+    def clip_gradients(self, max_norm: float) -> dict[str, float]:
+        """Clip, each network by its own norm (0 clips nothing), and return the norms before."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the policy as a Hugging Face folder, and the critic inside it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take over the weights of ``save``."""
+        ...
+
+
+def _groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    trained = list(parameters)
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    return [
+        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+    ]
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+    return float(norm)
+
+
+class SeparateCritic:
+    """A critic with a trunk of its own."""
+
+    def __init__(
+        self,
+        policy: GPT2,
+        critic: ValueModel,
+        *,
+        temperature: float,
+        dtype: torch.dtype,
+        special: dict[str, int],
+    ) -> None:
+        self.policy = policy
+        self.critic = critic
+        self.device = policy.wte.weight.device
+        self.dtype = dtype
+        self.special = special
+        self.temperature = temperature
+
+    def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logprobs, entropy and values, (b, t)."""
+        logprobs, entropy = policy_logprobs(
+            self.policy, micro, temperature=self.temperature, dtype=self.dtype, with_entropy=with_entropy
+        )
+        with autocast(self.device, self.dtype):
+            read = self.critic.values(micro.tokens.to(self.device), micro.attention_mask.to(self.device))
+        return logprobs, entropy, mask_out(before(read), micro.response_mask.to(self.device))
+
+    def parameter_groups(self, lr: float, value_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Two groups a network."""
+        policy = _groups(self.policy.parameters(), lr, weight_decay)
+        return policy + _groups(self.critic.parameters(), value_lr, weight_decay)
+
+    def clip_gradients(self, max_norm: float) -> dict[str, float]:
+        """Policy and critic, each by its own norm."""
+        return {
+            "policy/grad_norm": _clip(self.policy.parameters(), max_norm),
+            "critic/grad_norm": _clip(self.critic.parameters(), max_norm),
+        }
+
+    def save(self, folder: Path) -> None:
+        """The policy in the folder, the critic in ``critic/``."""
+        save_policy(self.policy, folder, **self.special)
+        save_reward_model(self.critic, folder / "critic", **self.special)
+
+    def load(self, folder: Path) -> None:
+        """Both networks."""
+        _load_into(self.policy, load_policy(folder, device="cpu", dtype=torch.float32))
+        _load_into(self.critic, load_reward_model(folder / "critic", device="cpu", dtype=torch.float32))
+
+
+class SharedCritic:
+    """A value head on the policy's trunk: one forward pass, one gradient."""
+
+    def __init__(self, policy: GPT2, *, temperature: float, dtype: torch.dtype, special: dict[str, int]) -> None:
+        self.policy = policy
+        self.head = SharedValueHead(policy)
+        self.device = policy.wte.weight.device
+        self.dtype = dtype
+        self.special = special
+        self.temperature = temperature
+
+    def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logprobs, entropy and values, (b, t)."""
+        tokens, mask = micro.tokens.to(self.device), micro.response_mask.to(self.device)
+        with autocast(self.device, self.dtype):
+            hidden = self.policy(tokens, attention_mask=micro.attention_mask.to(self.device))  # (b, t, D)
+        logprobs, entropy = token_logprobs(
+            hidden,
+            self.policy.wte.weight,
+            tokens,
+            mask,
+            temperature=self.temperature,
+            with_entropy=with_entropy,
+        )
+        return logprobs, entropy, mask_out(before(self.head(hidden)), mask)
+
+    def parameter_groups(self, lr: float, value_lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """The trunk at the policy's rate, the head at the critic's."""
+        return _groups(self.policy.parameters(), lr, weight_decay) + _groups(
+            self.head.parameters(), value_lr, weight_decay
+        )
+
+    def clip_gradients(self, max_norm: float) -> dict[str, float]:
+        """Trunk and head by one norm."""
+        return {"policy/grad_norm": _clip([*self.policy.parameters(), *self.head.parameters()], max_norm)}
+
+    def save(self, folder: Path) -> None:
+        """The policy in the folder, the head beside it."""
+        save_policy(self.policy, folder, **self.special)
+        save_tree(folder / "value_head", dict(self.head.state_dict()))
+
+    def load(self, folder: Path) -> None:
+        """Trunk and head."""
+        _load_into(self.policy, load_policy(folder, device="cpu", dtype=torch.float32))
+        self.head.load_state_dict(load_tree(folder / "value_head"))
+
+
+def _load_into(module: nn.Module, source: nn.Module) -> None:
+    module.load_state_dict(source.state_dict())
+
+
+def build_policy_critic(
+    kind: str,
+    policy_folder: Path,
+    critic_folder: Path | None,
+    *,
+    temperature: float,
+    device: str,
+    dtype: torch.dtype,
+    special: dict[str, int],
+) -> PolicyCritic:
+    """Policy and critic from their folders, in float32; without a critic folder the critic starts from the policy."""
+    policy = load_policy(policy_folder, device=device, dtype=torch.float32).eval()
+    if kind == "shared":
+        return SharedCritic(policy, temperature=temperature, dtype=dtype, special=special)
+    assert kind == "separate", kind
+    if critic_folder is not None:
+        critic = load_reward_model(critic_folder, device=device, dtype=torch.float32)
+    else:
+        critic = ValueModel(load_policy(policy_folder, device=device, dtype=torch.float32))
+        nn.init.zeros_(critic.score.weight)
+    return SeparateCritic(policy, critic.eval(), temperature=temperature, dtype=dtype, special=special)

@@ -1,0 +1,50 @@
+"""The frozen policy that the KL penalty is measured against."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.models.hf_weights import load_policy
+from rlhf_ray.types import Rollout, Usage
+from rlhf_ray.workers.meter import Meter
+from rlhf_ray.workers.scoring import in_micro_batches, policy_logprobs
+
+
+class ReferenceWorker:
+    """Log-probabilities of rollouts under the SFT policy."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        temperature: float,
+        micro_batch_size: int,
+        device: str,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self.policy = load_policy(folder, device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self.temperature = temperature
+        self.micro_batch_size = micro_batch_size
+        self.dtype = dtype
+        self.meter = Meter(threads)
+
+    @torch.inference_mode()
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """(B, T) float32: log-probabilities of the response tokens, 0 elsewhere."""
+        with self.meter.busy():
+            self.meter.count(int(rollout.attention_mask.sum()))
+            return in_micro_batches(rollout, self.micro_batch_size, self._score)
+
+    def _score(self, micro: Rollout) -> Tensor:
+        return policy_logprobs(self.policy, micro, temperature=self.temperature, dtype=self.dtype)[0]
+
+    def usage(self) -> Usage:
+        """Tokens scored and seconds spent since the last call."""
+        return self.meter.take()
+
+    def __repr__(self) -> str:
+        return f"ReferenceWorker({self.policy.wte.weight.device})"

@@ -1,0 +1,96 @@
+"""Samples responses from the newest policy that it was given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf_ray.data.prompt_set import PromptSet
+from rlhf_ray.generation import ENGINES
+from rlhf_ray.generation.sampling import Sampling, row_uniforms
+from rlhf_ray.models.hf_weights import load_policy
+from rlhf_ray.types import PromptBatch, Rollout, Usage, Weights
+from rlhf_ray.workers.meter import Meter
+from rlhf_ray.workers.weights import import_weights
+
+
+class RolloutWorker:
+    """Policy weights, key-value cache and engine.
+
+    Every row draws from its own stream, keyed by (seed, step, row), so neither the worker nor the other rows of a
+    shard have a part in what it says.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        prompts: PromptSet,
+        sampling: Sampling,
+        *,
+        seed: int,
+        eos_id: int,
+        pad_id: int,
+        max_rows: int,
+        device: str,
+        dtype: torch.dtype,
+        threads: int,
+    ) -> None:
+        self.policy = load_policy(folder, device=device, dtype=dtype).eval().requires_grad_(False)
+        self.engine = ENGINES["torch"](self.policy, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows)
+        self.prompts = prompts
+        self.sampling = sampling
+        self.seed = seed
+        self.pad_id = pad_id
+        self.policy_version = -1
+        self.meter = Meter(threads)
+
+    def update_weights(self, weights: Weights) -> None:
+        """Take over a policy; AssertionError when its bytes are not those that were sent."""
+        import_weights(self.policy, weights)
+        self.policy_version = weights.policy_version
+
+    def generate(self, batch: PromptBatch, policy_version: int, start: int, stop: int) -> Rollout:
+        """Answer rows ``start`` to ``stop`` of a batch; AssertionError when the policy is not the one asked for."""
+        assert self.policy_version == policy_version, (
+            f"rollout worker holds policy version {self.policy_version}, asked to sample with {policy_version}"
+        )
+        prompt_ids = batch.prompt_ids[start:stop]
+        prompts = [list(self.prompts.token_ids[i]) for i in prompt_ids]
+        length = self.sampling.max_new_tokens
+        uniforms = np.stack(
+            [row_uniforms(self.seed, batch.step, row, length) for row in range(start, stop)]
+        )  # (b, length)
+        with self.meter.busy():
+            completions = self.engine.generate(prompts, uniforms, self.sampling)
+        self.meter.count(sum(len(completion.tokens) for completion in completions))
+        lengths = [len(p) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)]
+        shape = (len(prompts), max(lengths))
+        tokens = torch.full(shape, self.pad_id)
+        attention_mask = torch.zeros(shape, dtype=torch.bool)
+        response_mask = torch.zeros(shape, dtype=torch.bool)
+        rollout_logprobs = torch.zeros(shape)
+        for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            response = slice(len(prompt), lengths[b])
+            tokens[b, : lengths[b]] = torch.tensor([*prompt, *completion.tokens])
+            attention_mask[b, : lengths[b]] = True
+            response_mask[b, response] = True
+            rollout_logprobs[b, response] = torch.tensor(completion.logprobs)
+        return Rollout(
+            tokens=tokens,
+            attention_mask=attention_mask,
+            response_mask=response_mask,
+            rollout_logprobs=rollout_logprobs,
+            prompt_ids=torch.from_numpy(prompt_ids.copy()),
+            group_ids=torch.from_numpy(batch.group_ids[start:stop].copy()),
+            policy_version=torch.full((len(prompts),), self.policy_version),
+            finished=torch.tensor([completion.finished for completion in completions]),
+        )
+
+    def usage(self) -> Usage:
+        """Tokens generated and seconds spent since the last call."""
+        return self.meter.take()
+
+    def __repr__(self) -> str:
+        return f"RolloutWorker(version={self.policy_version})"
