@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.models import GPT2
 from rlhf_ray.models.heads import SharedValueHead, ValueModel, before
-from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy, save_reward_model
+from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy
 from rlhf_ray.ops.logprobs import token_logprobs
 from rlhf_ray.ops.masked import mask_out
 from rlhf_ray.types import Rollout
@@ -109,14 +109,14 @@ class SeparateCritic:
         }
 
     def save(self, folder: Path) -> None:
-        """The policy in the folder, the critic in ``critic/``."""
+        """The policy in the folder, the critic beside it, exactly: a model folder would fold its bias."""
         save_policy(self.policy, folder, **self.special)
-        save_reward_model(self.critic, folder / "critic", **self.special)
+        save_tree(folder / "critic", dict(self.critic.state_dict()))
 
     def load(self, folder: Path) -> None:
         """Both networks."""
-        _load_into(self.policy, load_policy(folder, device="cpu", dtype=torch.float32))
-        _load_into(self.critic, load_reward_model(folder / "critic", device="cpu", dtype=torch.float32))
+        self.policy.load_state_dict(load_policy(folder, device="cpu", dtype=torch.float32).state_dict())
+        self.critic.load_state_dict(load_tree(folder / "critic"))
 
 
 class SharedCritic:
@@ -162,12 +162,8 @@ class SharedCritic:
 
     def load(self, folder: Path) -> None:
         """Trunk and head."""
-        _load_into(self.policy, load_policy(folder, device="cpu", dtype=torch.float32))
+        self.policy.load_state_dict(load_policy(folder, device="cpu", dtype=torch.float32).state_dict())
         self.head.load_state_dict(load_tree(folder / "value_head"))
-
-
-def _load_into(module: nn.Module, source: nn.Module) -> None:
-    module.load_state_dict(source.state_dict())
 
 
 def build_policy_critic(

@@ -1,0 +1,130 @@
+"""Chunked log-probabilities against the naive computation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_ray.ops.logprobs import token_logprobs
+
+B, T, D, V = 3, 11, 8, 53
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, D, generator=g)
+    weight = torch.randn(V, D, generator=g)
+    tokens = torch.randint(0, V, (B, T), generator=g)
+    mask = torch.rand(B, T, generator=g) < 0.6
+    mask[:, 0] = False
+    return hidden, weight, tokens, mask
+
+
+def naive(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(hidden @ weight.t() / temperature, -1)[:, :-1]  # (B, T-1, V)
+    chosen = logp.gather(2, tokens[:, 1:, None])[..., 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    zeros = torch.zeros(B, 1)
+    return tuple(torch.cat([zeros, x], 1).masked_fill(~mask, 0.0) for x in (chosen, entropy))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000, None])
+def test_values_and_gradients_equal_the_naive_computation(temperature: float, chunk_size: int | None) -> None:
+    hidden, weight, tokens, mask = inputs()
+    results = []
+    for function in (token_logprobs, naive):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        options: dict[str, Any] = {"temperature": temperature}
+        if function is token_logprobs:
+            options |= {"chunk_size": chunk_size, "with_entropy": True}
+        values, entropy = function(h, w, tokens, mask, **options)
+        (values.square().sum() + 0.3 * entropy.sum()).backward()
+        results.append((values, entropy, h.grad / h.grad.abs().max(), w.grad / w.grad.abs().max()))
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_entropy_is_optional_and_changes_no_value() -> None:
+    arguments = inputs()
+    values, entropy = token_logprobs(*arguments)
+    with_entropy, _ = token_logprobs(*arguments, with_entropy=True)
+    assert entropy is None
+    torch.testing.assert_close(values, with_entropy, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e4])
+def test_what_the_mask_leaves_out_is_never_read(poison: float) -> None:
+    hidden, weight, tokens, mask = inputs()
+    read = torch.cat([mask[:, 1:], torch.zeros(B, 1, dtype=torch.bool)], 1)  # states that predict a masked token
+    gradients = []
+    for spoil in (False, True):
+        h, w = hidden.clone(), weight.clone().requires_grad_()
+        t = tokens.clone()
+        if spoil:
+            h[~read] = poison
+            t[~mask] = 10**6
+        h.requires_grad_()
+        values, entropy = token_logprobs(h, w, t, mask, chunk_size=4, with_entropy=True)
+        (values.sum() + entropy.sum()).backward()
+        gradients.append((values, entropy, h.grad, w.grad))
+    for clean, spoiled in zip(*gradients, strict=True):
+        assert torch.equal(clean, spoiled)
+
+
+def test_the_first_token_has_no_logprob_and_an_empty_mask_no_gradient() -> None:
+    hidden, weight, tokens, _ = inputs()
+    hidden.requires_grad_()
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    mask[:, 0] = True
+    values, _ = token_logprobs(hidden, weight, tokens, mask)
+    assert not values.any()
+    values.sum().backward()
+    assert not hidden.grad.any()
+
+
+def test_entropy_of_uniform_over_gpt2s_vocabulary() -> None:
+    mask = torch.tensor([[False, True]])
+    tokens = torch.tensor([[0, 50000]])
+    values, entropy = token_logprobs(torch.ones(1, 2, 4), torch.zeros(50257, 4), tokens, mask, with_entropy=True)
+    assert entropy is not None
+    assert entropy[0, 1].item() == pytest.approx(10.82490, abs=1e-5)
+    assert values[0, 1].item() == pytest.approx(-math.log(50257), abs=1e-5)
+
+
+def test_no_more_than_a_chunk_of_logits_is_kept_for_the_backward_pass() -> None:
+    hidden, weight, tokens, mask = inputs()
+    weight.requires_grad_()
+    kept = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (V,):
+            kept.append(len(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        token_logprobs(hidden, weight, tokens, mask, chunk_size=4)
+    last = int(mask.sum()) % 4 or 4
+    assert int(mask.sum()) > 8
+    assert set(kept) == {last}
+
+
+def test_autocast_and_bfloat16_states_give_float32_results() -> None:
+    hidden, weight, tokens, mask = inputs()
+    expected, _ = token_logprobs(hidden, weight, tokens, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, _ = token_logprobs(hidden, weight, tokens, mask)
+    assert torch.equal(values, expected)
+    values, _ = token_logprobs(hidden.bfloat16(), weight.bfloat16(), tokens, mask)
+    reference, _ = token_logprobs(hidden.bfloat16().float(), weight.bfloat16().float(), tokens, mask)
+    assert torch.equal(values, reference)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"chunk_size": 0}])
+def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        token_logprobs(*inputs(), **options)
