@@ -41,6 +41,28 @@ class Pending:
             raise
 
 
+class WorkerActor:
+    """An actor that holds a worker.
+
+    The worker is built by a call: what an actor's own constructor raises, Ray gives back as text alone.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def build(self, worker_class: type[Any], arguments: dict[str, Any]) -> None:
+        """Construct the worker, its arguments given as references."""
+        values = ray.get(list(arguments.values()))
+        self.worker = worker_class(**dict(zip(arguments, values, strict=True)))
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the worker's method returns."""
+        return getattr(self.worker, method)(*arguments)
+
+    def __repr__(self) -> str:
+        return self.label
+
+
 class RayCrew:
     """Equal actors of one role, started in parallel."""
 
@@ -59,22 +81,30 @@ class RayCrew:
         self.role = role
         self.size = size
         self.timeout = timeout
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(worker_class)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus)(WorkerActor)
         shared = {name: ray.put(value) for name, value in arguments.items()}
-        self.actors = [remote.remote(**shared) for _ in range(size)]
+        self.actors = [remote.remote(f"{role} worker {rank}") for rank in range(size)]
+        self.built = [
+            Pending(actor.build.remote(worker_class, shared), f"{role} worker {rank}: start", timeout)
+            for rank, actor in enumerate(self.actors)
+        ]
 
     def call(self, rank: int, method: str, *arguments: Any) -> Pending:
         """Ask one actor for a method."""
         values = [argument.ref if isinstance(argument, Pending) else argument for argument in arguments]
-        ref = getattr(self.actors[rank], method).remote(*values)
+        ref = self.actors[rank].call.options(name=f"{self.role}.{method}").remote(method, *values)
         return Pending(ref, f"{self.role} worker {rank}: {method}", self.timeout)
 
 
 def wait_until_built(crews: Sequence[RayCrew]) -> None:
-    """Wait for every actor's constructor; raises what one of them raised."""
-    ready = [crew.call(rank, "usage") for crew in crews for rank in range(crew.size)]
-    for pending in ready:
-        pending.result()
+    """Wait for every worker's constructor; ends every actor and raises what one of them raised."""
+    try:
+        for crew in crews:
+            for pending in crew.built:
+                pending.result()
+    except BaseException:  # Ctrl-C too: a joined cluster must not keep them
+        stop(crews)
+        raise
 
 
 def stop(crews: Sequence[RayCrew]) -> None:

@@ -6,6 +6,7 @@ They are set when ``rlhf_ray.runtime`` is imported, before any of its modules im
 from __future__ import annotations
 
 import os
+import sys
 
 from rlhf_ray.config.loader import REPOSITORY
 
@@ -13,6 +14,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",
+    # The first error is raised; its echoes in calls that depend on it say nothing new.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -30,9 +33,14 @@ def joins_a_cluster() -> bool:
 
 
 def prepare_environment() -> None:
-    """Set the variables, and let workers find this package from whatever folder the driver was started in."""
-    for name, value in {**ENVIRONMENT, **({} if joins_a_cluster() else ONE_BOX)}.items():
-        os.environ.setdefault(name, value)
+    """Set the variables, and let workers find this package from whatever folder the driver was started in.
+
+    Where Ray is imported already the variables are left alone: the processes that it starts would go by them and
+    the driver would not, and refuse each other's tokens.
+    """
+    if "ray" not in sys.modules:
+        for name, value in {**ENVIRONMENT, **({} if joins_a_cluster() else ONE_BOX)}.items():
+            os.environ.setdefault(name, value)
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(REPOSITORY) not in paths:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), *filter(None, paths)])

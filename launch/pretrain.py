@@ -1,0 +1,21 @@
+"""Pre-train a policy on raw text."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rlhf_ray.cli import main
+from rlhf_ray.config import PretrainConfig
+
+
+def run(config: PretrainConfig) -> None:
+    """Train, then say what comes next."""
+    from rlhf_ray.stages import pretrain
+
+    print(f"wrote {pretrain(config)}")
+    print("next: python launch/sft.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main(PretrainConfig, __doc__ or "", "pretrain", run))

@@ -1,0 +1,21 @@
+"""Fine-tune a pre-trained policy on conversations."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from rlhf_ray.cli import main
+from rlhf_ray.config import SFTConfig
+
+
+def run(config: SFTConfig) -> None:
+    """Train, then say what comes next."""
+    from rlhf_ray.stages import sft
+
+    print(f"wrote {sft(config)}")
+    print("next: python launch/reward_model.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main(SFTConfig, __doc__ or "", "sft", run))

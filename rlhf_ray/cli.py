@@ -1,0 +1,62 @@
+"""What the launch scripts share: read the configuration, run, and turn what went wrong into one line.
+
+Exit codes: 0 done, 2 something that the user can mend, 130 stopped by a signal with everything saved.
+
+Left out on purpose: torch, until the configuration is known to be good, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from rlhf_ray.config import load
+from rlhf_ray.config.loader import REPOSITORY, C
+from rlhf_ray.config.presets import hardware_preset, preset_file
+
+
+def main(
+    config_class: type[C],
+    description: str,
+    preset_stage: str | None,
+    run: Callable[[C], object],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Load a script's configuration and run it; returns the exit code.
+
+    ``run`` imports what it needs itself.  Without ``--config`` the preset of ``preset_stage`` that fits
+    the hardware lies under the flags, and the first line says so.
+    """
+    # Spinning at barriers, torch's threads are 10 times slower on a machine that does anything else.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    named = any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
+    preset = None if preset_stage is None or named else preset_file(preset_stage, hardware_preset())
+    try:
+        config = load(config_class, arguments, description=description, preset=preset)
+        if preset is not None:
+            print(
+                f"preset: {preset.relative_to(REPOSITORY)} (what fits this machine; --config takes another)",
+                flush=True,
+            )
+        run(config)
+    except ValueError as error:
+        return _fail(str(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt as error:
+        print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def _fail(text: str) -> int:
+    print(
+        "error: " + "; ".join(line.strip() for line in text.split("\n") if line.strip()),
+        file=sys.stderr,
+        flush=True,
+    )
+    return 2

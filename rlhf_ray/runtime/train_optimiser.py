@@ -1,0 +1,47 @@
+"""AdamW as every stage uses it: decay on matrices alone, a schedule by step, clipping.
+
+Left out on purpose: optimisers that need more state than the paper's two moments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.config import Optimiser
+from rlhf_ray.ops.schedules import SCHEDULES
+
+
+def make_optimiser(model: nn.Module, config: Optimiser) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2019) over the model's trainable parameters.
+
+    Biases, norms and positions are not decayed: only tensors of two dimensions that are no table of
+    positions.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and not name.endswith("wpe.weight")
+            (decayed if is_matrix else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(config: Optimiser, *, step: int, total: int) -> float:
+    """The rate of a step, counted from 1."""
+    return config.lr * SCHEDULES[config.schedule](step - 1, total, config.warmup_fraction)
+
+
+def apply_gradients(optimiser: torch.optim.AdamW, *, lr: float, max_grad_norm: float) -> Tensor:
+    """Clip (0: don't), step and clear; returns the gradient's norm before clipping, a scalar tensor."""
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,39 @@
+"""The means of what happened between two lines of metrics."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+
+class Window:
+    """Sums over steps, which stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._tokens = 0
+        self._seconds = 0.0
+
+    def add(self, loss: Tensor, norm: Tensor, *, tokens: int, seconds: float) -> None:
+        """Note one step: its loss and gradient norm (scalars), tokens and seconds."""
+        self._losses.append(loss)
+        self._norms.append(norm)
+        self._tokens += tokens
+        self._seconds += seconds
+
+    def take(self) -> dict[str, float]:
+        """Mean loss, gradient norm and seconds of a step, and tokens per second; then empty."""
+        steps, started = len(self._losses), time.perf_counter()
+        loss = sum(map(float, self._losses)) / steps  # waits for the device
+        norm = sum(map(float, self._norms)) / steps
+        seconds = self._seconds + time.perf_counter() - started
+        tokens = self._tokens
+        self._losses, self._norms, self._tokens, self._seconds = [], [], 0, 0.0
+        return {
+            "loss": loss,
+            "grad_norm": norm,
+            "perf/tokens_per_second/train": tokens / seconds,
+            "time/step": seconds / steps,
+        }
