@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 OPENING_WORDS = (8, 12)
-PIECE_WORDS = (30, 50)
+PIECE_WORDS = (20, 36)
 TRAIN_SHARE, HELD_OUT_SHARE = 0.6, 0.1
 
 

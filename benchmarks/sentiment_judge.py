@@ -104,6 +104,7 @@ def compare_policies(options: argparse.Namespace, sentiment: SentimentJudge) -> 
         prompts=options.data / "prompts_heldout.jsonl",
         template="plain",
         response_length=options.response_length,
+        temperature=options.temperature,
         max_prompts=options.prompts,
         seed=options.seed,
     )
@@ -138,7 +139,8 @@ def main() -> None:
     parser.add_argument("--baseline", type=Path, help="SFT policy")
     parser.add_argument("--policy", type=Path, help="PPO policy")
     parser.add_argument("--prompts", type=int, default=512, help="held-out openings to continue")
-    parser.add_argument("--response-length", type=int, default=48)
+    parser.add_argument("--response-length", type=int, default=56)
+    parser.add_argument("--temperature", type=float, default=0.7, help="the one that PPO trained at")
     parser.add_argument("--examples", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -10,11 +10,14 @@ from rlhf_ray.config import PipelineConfig
 
 
 def run(config: PipelineConfig) -> None:
-    """Run the stages and say how to talk to the result."""
+    """Run the stages and say what to run next."""
     from rlhf_ray.pipeline import run_pipeline
 
     folders = run_pipeline(config)
-    print(f"next: python launch/chat.py --policy {folders[-1]}")
+    if "ppo" in folders:
+        print(f"next: python launch/chat.py --policy {folders['ppo']}")
+    else:
+        print("next: the same command without --until goes on from here")
 
 
 if __name__ == "__main__":

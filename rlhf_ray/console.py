@@ -7,7 +7,9 @@ matters.
 
 from __future__ import annotations
 
+import itertools
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -19,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 _console = Console(highlight=False)
+
+WIDEST_COLUMN = 50
+"""Characters of a column of a plain table; longer cells are folded."""
 
 
 def say(text: str) -> None:
@@ -46,11 +51,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
             rich_table.add_row(*map(Text, row))  # Text: brackets are brackets, not markup
         _console.print(rich_table)
         return
-    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    lines = [list(columns), *cells]
+    widths = [min(WIDEST_COLUMN, max(len(row[i]) for row in lines)) for i in range(len(columns))]
     print(title)
     for row in [list(columns), ["-" * width for width in widths], *cells]:
-        texts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True)]
-        print("  ".join(texts).rstrip())
+        folded = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
+        for line in itertools.zip_longest(*folded, fillvalue=""):
+            texts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
+            print("  ".join(texts).rstrip())
     sys.stdout.flush()
 
 

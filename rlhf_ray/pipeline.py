@@ -61,7 +61,8 @@ def plan(config: PipelineConfig) -> list[Stage]:
     vocabulary = repository_path(config.pretrain.tokenizer)
     tokenizer = TokenizerConfig(data=config.pretrain.data, output=vocabulary, vocab_size=config.pretrain.vocab_size)
     pretrain = config.pretrain.model_copy(update={**common, "tokenizer": vocabulary})
-    sft = config.sft.model_copy(update={**common, "policy": folders["pretrain"]})
+    base = folders["pretrain"] if config.policy is None else repository_path(config.policy)
+    sft = config.sft.model_copy(update={**common, "policy": base})
     reward_model = config.reward_model.model_copy(update={**common, "policy": folders["sft"]})
     rewards = [
         source.model_copy(update={"source": str(folders["reward_model"])})
@@ -79,7 +80,7 @@ def plan(config: PipelineConfig) -> list[Stage]:
             "output": folders["ppo"] / "evaluation.json",
         }
     )
-    return [
+    from_raw_text = [
         Stage(
             name="tokenizer",
             config=tokenizer,
@@ -89,6 +90,8 @@ def plan(config: PipelineConfig) -> list[Stage]:
             complete=lambda c: (c.output / "merges.txt").is_file(),
         ),
         _train_stage("pretrain", pretrain, pretrain.data, folders, stages.pretrain),
+    ]
+    from_policy = [
         _train_stage("sft", sft, sft.data, folders, stages.sft),
         _train_stage(
             "reward_model",
@@ -114,6 +117,7 @@ def plan(config: PipelineConfig) -> list[Stage]:
             complete=lambda c: False,  # it ends every pipeline, and takes seconds
         ),
     ]
+    return from_policy if config.policy is not None else from_raw_text + from_policy
 
 
 def _train_stage(
@@ -164,25 +168,26 @@ def _write_stamp(stage: Stage, stamp: str) -> None:
     replace_text(stage.folder / STAMP, json.dumps({stage.name: stamp}) + "\n")
 
 
-def run_pipeline(config: PipelineConfig) -> list[Path]:
-    """Run every stage up to ``config.until``; returns the stages' folders.
+def run_pipeline(config: PipelineConfig) -> dict[str, Path]:
+    """Run every stage up to ``config.until``; returns the folder of each that is done.
 
     Stops, with the stage's own message said, when a stage was interrupted.
     """
     before = ""
-    finished: list[Path] = []
-    for number, stage in enumerate(plan(config), start=1):
+    finished: dict[str, Path] = {}
+    todo = plan(config)
+    for number, stage in enumerate(todo, start=1):
         stamp = _stamp(stage, before)
         same = _read_stamp(stage) == stamp and not config.force
         if same and stage.complete(stage.config):
-            console.say(f"[{number}/6] {stage.name}: up to date in {stage.folder}")
+            console.say(f"[{number}/{len(todo)}] {stage.name}: up to date in {stage.folder}")
         else:
-            console.say(f"[{number}/6] {stage.name}")
+            console.say(f"[{number}/{len(todo)}] {stage.name}")
             _run_stage(stage, stamp, resume=same, force=config.force)
             if stage.name != "evaluate" and not stage.complete(stage.config):
                 console.say(f"{stage.name} was stopped before its end; the same command goes on from there")
                 return finished
-        finished.append(stage.folder)
+        finished[stage.name] = stage.folder
         before = stamp
         if stage.name == config.until:
             break

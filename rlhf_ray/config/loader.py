@@ -49,6 +49,7 @@ class Config(BaseSettings):
         cli_implicit_flags=True,
         cli_avoid_json=True,
         cli_hide_none_type=True,
+        cli_parse_none_str="null",
         protected_namespaces=(),
     )
 

@@ -202,6 +202,8 @@ class PipelineConfig(Config):
     seed: int = Field(0, ge=0)
     checkpoints: Path = Path("checkpoints")
     """Folder that holds every stage's runs."""
+    policy: Path | None = None
+    """Start from this pre-trained GPT-2 folder or run, without a tokenizer and a pre-training of its own."""
     force: bool = False
     """Run every stage although its output is complete and its configuration unchanged."""
     until: Literal["tokenizer", "pretrain", "sft", "reward_model", "ppo", "evaluate"] = "evaluate"

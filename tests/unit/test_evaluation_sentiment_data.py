@@ -60,7 +60,7 @@ def test_a_pair_is_made_of_three_reviews(repository: Path, reviews: Path, tmp_pa
         assert len(opening | chosen | rejected) == 3
         assert int(chosen.pop()[1:]) % 2 == 0 and int(rejected.pop()[1:]) % 2 == 1
         assert 8 <= len(texts[0].split()) <= 12
-        assert all(30 <= len(text.split()) <= 50 and text.startswith(" r") for text in texts[1:])
+        assert all(20 <= len(text.split()) <= 36 and text.startswith(" r") for text in texts[1:])
         assert "<br" not in "".join(texts)
 
 
