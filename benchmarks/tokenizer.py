@@ -86,8 +86,7 @@ def measure_encode(folder: Path, texts: list[str], rounds: int) -> dict[str, Any
         for name, encode in encoders.items():
             times[name].append(seconds(encode, texts))
     ratios = {
-        name: statistics.median(b / a for a, b in zip(times["rlhf_ray"], times[name], strict=True))
-        for name in encoders
+        name: statistics.median(b / a for a, b in zip(times["rlhf_ray"], times[name], strict=True)) for name in encoders
     }
     return {
         "megabytes": round(megabytes, 2),
@@ -100,9 +99,7 @@ def measure_encode(folder: Path, texts: list[str], rounds: int) -> dict[str, Any
 def main() -> None:
     """Measure, print, and write JSON when asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--data", type=Path, default=os.environ.get("RLHF_TEST_DATA"), help="folder of the corpora"
-    )
+    parser.add_argument("--data", type=Path, default=os.environ.get("RLHF_TEST_DATA"), help="folder of the corpora")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, default=5.0, help="text per pass")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the training that is timed")

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 
 from rlhf_ray.algorithms import ALGORITHMS
-from rlhf_ray.checkpoint import CheckpointStore, load_tree
+from rlhf_ray.checkpoint import CheckpointStore, RunLock, load_tree
 from rlhf_ray.config import PPOConfig, repository_path
 from rlhf_ray.data.prompt_set import PromptSet, tokenise_prompts
 from rlhf_ray.data.readers import read_prompts
+from rlhf_ray.functions import load_function
 from rlhf_ray.generation.load import find_device, recorded_template
 from rlhf_ray.generation.sampling import Sampling
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.hf_weights import read_config
-from rlhf_ray.rewards import RewardContext
+from rlhf_ray.rewards import RewardContext, reward_model_folder
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
-from rlhf_ray.run import Run
+from rlhf_ray.run import Run, read_metrics
 from rlhf_ray.runtime.cluster import connect, dashboard_address
 from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
 from rlhf_ray.tokenizer import TEMPLATES, Tokenizer
@@ -84,7 +85,7 @@ def read_inputs(config: PPOConfig) -> Inputs:
     template = recorded_template(policy)
     if template and template != config.template:
         raise ValueError(f"template = {config.template}: the policy was trained with the template {template}")
-    longest = config.generation.prompt_length + config.generation.response_length
+    longest = _row_length(config)
     if longest > shape.n_positions:
         raise ValueError(
             f"generation.prompt_length + generation.response_length = {longest} exceeds the model's context of "
@@ -101,18 +102,28 @@ def read_inputs(config: PPOConfig) -> Inputs:
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
-        critic_init=_critic_init(config),
+        critic_init=_critic_init(config, tokenizer),
         device=find_device(config.device).type,
     )
 
 
-def _critic_init(config: PPOConfig) -> Path | None:
+def _row_length(config: PPOConfig) -> int:
+    """Tokens of the longest row that a step can have."""
+    return config.generation.prompt_length + config.generation.response_length
+
+
+def _critic_init(config: PPOConfig, tokenizer: Tokenizer) -> Path | None:
+    """The reward model that the critic starts from, once every source of reward is known to be there."""
     if not config.reward_sources:
         raise ValueError("rewards is empty: give --reward path/to/file.py:function, a URL or a reward model's folder")
+    fits = partial(reward_model_folder, tokenizer=tokenizer, length=_row_length(config))
+    models = [fits(s.source, field="rewards.source") for s in config.reward_sources if s.kind == "model"]
+    for source in config.reward_sources:
+        if source.kind == "function":
+            load_function(source.source, field="reward")
     if config.critic_init is not None:
-        return model_folder(config.critic_init, field="critic_init")
-    models = [source.source for source in config.reward_sources if source.kind == "model"]
-    return model_folder(models[0], field="rewards.source") if models else None
+        return fits(config.critic_init, field="critic_init")
+    return models[0] if models else None
 
 
 def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[str, Any]]:
@@ -127,6 +138,7 @@ def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[
         device=device,
         dtype=compute,
         micro_batch_size=config.ppo.micro_batch_size,
+        max_length=_row_length(config),
     )
     return {
         RolloutWorker: {
@@ -135,7 +147,6 @@ def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[
             "sampling": Sampling(
                 temperature=generation.temperature,
                 max_new_tokens=generation.response_length,
-                min_new_tokens=generation.min_new_tokens,
             ),
             "seed": config.seed,
             "eos_id": special["eos_id"],
@@ -221,34 +232,56 @@ def crews(config: PPOConfig, inputs: Inputs) -> dict[type[Any], Crew]:
 def train_ppo(config: PPOConfig) -> Path:
     """Run PPO to its end, or until it is asked to stop; returns the run's folder."""
     folder = run_folder(config)
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
     inputs = read_inputs(config)
+    if config.overwrite and folder.exists():
+        with RunLock(folder):
+            shutil.rmtree(folder)
     settings = {name: value for name, value in config.resolved().items() if name not in NOT_SETTINGS}
     with Run.open(folder, settings, resume=config.resume, allow_config_change=config.allow_config_change) as run:
+        if config.resume and is_complete(config):
+            run.say(f"complete already, {config.total_steps} steps in {folder}; take another --run, or --overwrite")
+            return folder
         run.say(f"ppo: writing to {folder}")
         _say_inputs(run, config, inputs)
-        built = crews(config, inputs)
-        run.install_signal_handlers()
-        learner = LearnerGroup(built[LearnerWorker])
-        roles = Roles(
-            generator=GeneratorGroup(built[RolloutWorker], shard_size=config.generation.shard_size),
-            reward=RewardGroup(built[RewardWorker]),
-            reference=ReferenceGroup(built[ReferenceWorker]),
-            learner=learner,
-        )
-        if config.num_rollout_workers:
-            run.say(f"Ray dashboard: {dashboard_address()}")
         try:
-            rl_run = RLRun(run, config, roles, learner, inputs.tokenizer, inputs.prompts)
-            ALGORITHMS["ppo"](config, roles, rl_run)
+            _train(config, inputs, run)
         finally:
-            stop([crew for crew in built.values() if isinstance(crew, RayCrew)])
+            _forget_unless_begun(folder)
     return folder
 
 
-NOT_SETTINGS = ("resume", "allow_config_change", "overwrite")
-"""Fields that say how to start, not what to compute; a resumed run may differ in them."""
+def _train(config: PPOConfig, inputs: Inputs, run: Run) -> None:
+    built = crews(config, inputs)
+    run.install_signal_handlers()
+    learner = LearnerGroup(built[LearnerWorker])
+    roles = Roles(
+        generator=GeneratorGroup(built[RolloutWorker], shard_size=config.generation.shard_size),
+        reward=RewardGroup(built[RewardWorker]),
+        reference=ReferenceGroup(built[ReferenceWorker]),
+        learner=learner,
+    )
+    if config.num_rollout_workers:
+        run.say(f"Ray dashboard: {dashboard_address()}")
+    try:
+        rl_run = RLRun(run, config, roles, learner, inputs.tokenizer, inputs.prompts)
+        ALGORITHMS["ppo"](config, roles, rl_run)
+    finally:
+        stop([crew for crew in built.values() if isinstance(crew, RayCrew)])
+
+
+def _forget_unless_begun(folder: Path) -> None:
+    """Take back the configuration of a run that did no step, so that it does not bind the next attempt."""
+    if not read_metrics(folder) and CheckpointStore(folder, keep=1).latest() is None:
+        for name in ("config.yaml", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+
+
+NOT_SETTINGS = (
+    *("resume", "allow_config_change", "overwrite", "max_bad_rows", "timeout", "keep"),
+    *("num_rollout_workers", "num_reward_workers", "num_reference_workers"),
+    *("rollout_cpus", "service_cpus", "rollout_gpus", "reward_gpus", "reference_gpus", "learner_gpus"),
+)
+"""Fields that say how to start and where to compute, not what; a resumed run may differ in them."""
 
 
 def _say_inputs(run: Run, config: PPOConfig, inputs: Inputs) -> None:

@@ -71,9 +71,13 @@ def plan(config: PipelineConfig) -> list[Stage]:
         for source in config.ppo.rewards
     ]
     ppo = config.ppo.model_copy(update={**common, "policy": folders["sft"], "rewards": rewards})
-    evaluate = config.evaluate.model_copy(
+    evaluate = config.evaluate.model_copy(  # it samples as PPO did
         update={
             "seed": config.seed,
+            "template": ppo.template,
+            "temperature": ppo.generation.temperature,
+            "prompt_length": ppo.generation.prompt_length,
+            "response_length": ppo.generation.response_length,
             "policy": folders["ppo"],
             "baseline": folders["sft"],
             "reward_model": folders["reward_model"],

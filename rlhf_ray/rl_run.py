@@ -59,6 +59,7 @@ class RLRun:
         self.stream = PromptStream(len(prompts), config.batch_size, group_size=config.group_size, seed=config.seed)
         self.store = CheckpointStore(run.folder, keep=config.keep, report=run.say)
         self.first_step = 0
+        self._stopping = False
         self._tracked: dict[str, Stateful] = {}
         self._saved: dict[str, Any] = {}
         checkpoint = self.store.newest_complete() if config.resume else None
@@ -88,7 +89,7 @@ class RLRun:
                 with self.run.time("generate"):
                     shards = generator.generate(self.stream.take(step), step)
                 yield step, shards
-                if self.run.should_stop:
+                if self._stopping and step + 1 < self.config.total_steps:
                     self.run.say(f"stopped after step {step + 1}; the same command goes on from here")
                     return
 
@@ -107,7 +108,8 @@ class RLRun:
             self.run.samples(done, self._sample_rows(judged, experience))
         self.run.log(done, metrics)
         self._progress.update(done, {name: metrics[key] for name, key in SHOWN.items()})
-        if done % self.config.save_every == 0 or done == self.config.total_steps or self.run.should_stop:
+        self._stopping = self.run.should_stop  # asked once: a signal after this is for the next step
+        if done % self.config.save_every == 0 or done == self.config.total_steps or self._stopping:
             self._save(done)
 
     def _throughput(self) -> dict[str, float]:

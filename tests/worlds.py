@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlhf_ray.algorithms.ppo import credit
+from rlhf_ray.app import read_inputs, worker_arguments
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.models.gpt2 import GPT2, GPT2Config
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.hf_weights import save_policy, save_reward_model
 from rlhf_ray.tokenizer import Tokenizer, train_bpe, write_hf_tokenizer
+from rlhf_ray.types import Experience, Judged, Rollout
+from rlhf_ray.workers.learner import LearnerWorker
+from rlhf_ray.workers.reference import ReferenceWorker
+from rlhf_ray.workers.reward import RewardWorker
+from rlhf_ray.workers.rollout import RolloutWorker
 
 LINES = ["the cat sat on the mat", "a dog ran to the river", "we like green apples and red pears"] * 3
 
 
-def make_world(folder: Path) -> Tokenizer:
-    """Write ``policy/``, ``reward/`` and ``prompts.jsonl`` below the folder."""
+def make_world(folder: Path, *, eos_logit: float = 3.8) -> Tokenizer:
+    """Write ``policy/``, ``reward/`` and ``prompts.jsonl`` below the folder; about one token in ten is an EOS."""
     tokenizer = train_bpe(LINES, 280)
     torch.manual_seed(0)
     shape = GPT2Config(vocab_size=tokenizer.vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=2)
     special = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
     policy = GPT2(shape)
-    with torch.no_grad():  # peaked enough that samples differ in likelihood
-        policy.wte.weight.mul_(5.0)
+    with torch.no_grad():
+        policy.wte.weight.mul_(5.0)  # peaked enough that samples differ in likelihood
+        policy.ln_f.weight[0], policy.ln_f.bias[0] = 0.0, 1.0  # and one constant, which only the EOS listens to:
+        policy.wte.weight[:, 0] = 0.0
+        policy.wte.weight[tokenizer.eos_id, 0] = eos_logit
     save_policy(policy, folder / "policy", **special)
     write_hf_tokenizer(folder / "policy", tokenizer, "chat")
     save_reward_model(ValueModel(GPT2(shape)), folder / "reward", **special)
@@ -34,9 +47,9 @@ def make_world(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def ppo_config(folder: Path, **changes: object) -> PPOConfig:
-    """A PPO run of a few seconds in that world."""
-    values: dict[str, object] = {
+def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
+    """A PPO run of a few seconds in that world; a dictionary among the changes is merged into its section."""
+    values: dict[str, Any] = {
         "checkpoints": folder / "checkpoints",
         "policy": folder / "policy",
         "rewards": [{"kind": "model", "source": str(folder / "reward")}],
@@ -50,4 +63,57 @@ def ppo_config(folder: Path, **changes: object) -> PPOConfig:
         "generation": {"response_length": 10, "prompt_length": 40, "shard_size": 5},
         "ppo": {"mini_batch_size": 6, "micro_batch_size": 4, "epochs": 2, "lr": 1e-3},
     }
-    return PPOConfig(**{**values, **changes})
+    for name, value in changes.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+    return PPOConfig(**values)
+
+
+@dataclass
+class Workers:
+    """The four real workers of a configuration, all with the first policy."""
+
+    config: PPOConfig
+    rollout: RolloutWorker
+    reward: RewardWorker
+    reference: ReferenceWorker
+    learner: LearnerWorker
+
+    @classmethod
+    def build(cls, config: PPOConfig) -> Workers:
+        arguments = worker_arguments(config, read_inputs(config))
+        made = [kind(**arguments[kind]) for kind in (RolloutWorker, RewardWorker, ReferenceWorker, LearnerWorker)]
+        workers = cls(config, *made)
+        workers.rollout.update_weights(workers.learner.weights(0))
+        return workers
+
+    def generate(self) -> Rollout:
+        """The rows of step 0."""
+        config = self.config
+        stream = PromptStream(len(self.rollout.prompts), config.batch_size, seed=config.seed)
+        return self.rollout.generate(stream.take(0), self.rollout.policy_version, 0, config.batch_size)
+
+    def judge(self, rollout: Rollout) -> Judged:
+        """Every worker's opinion on them."""
+        return Judged(
+            rollout=rollout,
+            scores=self.reward.score(rollout),
+            ref_logprobs=self.reference.logprobs(rollout),
+            evaluation=self.learner.evaluate(rollout),
+        )
+
+    def experience(self) -> Experience:
+        """What the learner learns from in step 0."""
+        return credit(self.config.ppo, self.judge(self.generate()), self.config.kl.coef)[0]
+
+
+def policy_weights(workers: Workers) -> torch.Tensor:
+    """Every parameter of the learner's policy in one vector."""
+    return torch.cat([p.detach().flatten().clone() for p in workers.learner.model.policy.parameters()])
+
+
+def stir(module: torch.nn.Module, *, scale: float = 0.02) -> None:
+    """Move every parameter a little, the same way each time."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))

@@ -26,6 +26,9 @@ from rlhf_ray.types import Experience, Judged
 FIRST_KL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats per sequence between two copies of one policy: rounding alone."""
 
+FIRST_MISMATCH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
+"""Nats per token, on average, between the generator's log-probabilities and the learner's, of one policy."""
+
 
 def kl_controller(config: KL) -> KLController:
     """The controller that the configuration asks for."""
@@ -57,6 +60,8 @@ def train(config: PPOConfig, roles: Roles, run: Run) -> None:
             )
         if step == 0:
             check_first_kl(judged, config.ppo.dtype)
+            coarser = min(config.ppo.dtype, config.generation.dtype)  # bfloat16 when either is
+            check_first_mismatch(judged, coarser)
         experience, credited = credit(config.ppo, judged, controller.coef)  # 3. credit
         with run.time("learn"):  # 4. learn
             learned = roles.learner.update(experience).result()
@@ -74,6 +79,18 @@ def check_first_kl(judged: Judged, dtype: str) -> None:
         raise ValueError(
             f"at step 0 policy and reference differ by {worst:.3g} nats in a sequence, which must be 0: they are not "
             "the same model, or one of them has dropout on; refusing to train"
+        )
+
+
+def check_first_mismatch(judged: Judged, dtype: str) -> None:
+    """Raise ValueError unless the generator sampled the first batch with the learner's policy."""
+    rollout = judged.rollout
+    distance = (rollout.rollout_logprobs - judged.evaluation.old_logprobs).abs()
+    mismatch = float(masked_mean(distance, rollout.response_mask))
+    if not mismatch <= FIRST_MISMATCH_TOLERANCE[dtype]:
+        raise ValueError(
+            f"at step 0 generator and learner differ by {mismatch:.3g} nats a token, which must be 0: they do not hold "
+            "the same weights or divide by another temperature; refusing to train"
         )
 
 

@@ -21,8 +21,6 @@ class Generation(Section):
     """Tokens of a prompt, at most."""
     long_prompts: Literal["drop", "cut"] = "drop"
     """What happens to longer prompts; either way they are counted."""
-    min_new_tokens: int = Field(0, ge=0)
-    """EOS is impossible before so many tokens."""
     shard_size: int = Field(32, ge=1)
     """Rows that one worker generates in one call, and that are scored together."""
     dtype: Literal["float32", "bfloat16"] = "float32"

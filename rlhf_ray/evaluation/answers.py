@@ -16,10 +16,10 @@ from rlhf_ray.generation import ENGINES, Sampling, row_uniforms
 from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.scoring import in_micro_batches, policy_logprobs
 from rlhf_ray.rewards.base import response_texts
 from rlhf_ray.tokenizer import Tokenizer
 from rlhf_ray.types import Rollout
-from rlhf_ray.workers.scoring import in_micro_batches, policy_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rlhf_ray.evaluation.baselines import BagOfWords, Pair, length_baseline
 from rlhf_ray.objectives import pair_metrics
 from rlhf_ray.objectives.base import Report
+from rlhf_ray.objectives.baselines import BagOfWords, Pair, length_baseline
 
 
 def pair_report(

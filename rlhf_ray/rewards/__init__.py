@@ -6,7 +6,7 @@ from rlhf_ray.config import RewardSource
 from rlhf_ray.rewards.base import RewardContext, RewardFunction
 from rlhf_ray.rewards.function import FunctionReward
 from rlhf_ray.rewards.http import HTTPReward
-from rlhf_ray.rewards.model import ModelReward
+from rlhf_ray.rewards.model import ModelReward, reward_model_folder
 
 REWARDS: dict[str, Callable[[RewardSource, RewardContext], RewardFunction]] = {
     "model": ModelReward,
@@ -14,4 +14,4 @@ REWARDS: dict[str, Callable[[RewardSource, RewardContext], RewardFunction]] = {
     "http": HTTPReward,
 }
 
-__all__ = ["REWARDS", "RewardContext", "RewardFunction"]
+__all__ = ["REWARDS", "RewardContext", "RewardFunction", "reward_model_folder"]

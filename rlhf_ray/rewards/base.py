@@ -26,6 +26,8 @@ class RewardContext:
     device: str
     dtype: torch.dtype
     micro_batch_size: int
+    max_length: int
+    """Tokens of the longest row, prompt and response together."""
 
 
 class RewardFunction(Protocol):

@@ -2,10 +2,12 @@
 
 The function is called once a row, as ``function(prompt=..., response=..., **fields)``, and returns a number.
 ``prompt`` is the last user turn's text, ``fields`` holds the prompt row's other keys and ``messages``, the whole
-conversation as a list of {role, content}.
+conversation as a list of {role, content}; a key of the row that is named as one of these three is left out.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ class FunctionReward:
 
     def __init__(self, source: RewardSource, context: RewardContext) -> None:
         self.source = source.source
-        self.function = load_function(source.source)
+        self.function = load_function(source.source, field="reward")
         self.context = context
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -37,6 +39,13 @@ class FunctionReward:
         texts = response_texts(rollout, self.context.tokenizer)
         rows = [self.context.prompts.rows[i] for i in rollout.prompt_ids.tolist()]
         scores = [
-            float(self.function(response=text, **call_fields(row))) for row, text in zip(rows, texts, strict=True)
+            self._number(self.function(**{**call_fields(row), "response": text}))
+            for row, text in zip(rows, texts, strict=True)
         ]
         return check_scores(torch.tensor(scores), len(rollout), self.source)
+
+    def _number(self, score: Any) -> float:
+        try:
+            return float(score)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"reward {self.source} returned {score!r}; it must return a number") from error

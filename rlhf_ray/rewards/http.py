@@ -7,6 +7,7 @@ error at once.  Standard library only.
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -62,7 +63,7 @@ class HTTPReward:
                 if error.code not in RETRIED:
                     raise ValueError(f"reward {self.url} answered {error.code} {error.reason}") from error
                 fault: Exception = error
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
                 fault = error
             if attempt < self.retries:
                 time.sleep(FIRST_PAUSE * 2**attempt)

@@ -9,12 +9,15 @@ Left out on purpose: placement, which is the actors' own business.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 
 from rlhf_ray.runtime.environment import joins_a_cluster
+
+RELEASE_SECONDS = 10.0
 
 
 def connect(*, need: Mapping[str, float]) -> None:
@@ -32,12 +35,25 @@ def connect(*, need: Mapping[str, float]) -> None:
         else:
             ray.init(address="local", **options)
     check_resources(need, ray.cluster_resources())
+    _wait_until_free(need)
 
 
-def check_resources(need: Mapping[str, float], have: Mapping[str, float]) -> None:
+def _wait_until_free(need: Mapping[str, float]) -> None:
+    """Give actors that have just ended time to hand back what they held; ValueError when others keep it."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while True:
+        try:
+            return check_resources(need, ray.available_resources(), state=" free")
+        except ValueError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def check_resources(need: Mapping[str, float], have: Mapping[str, float], *, state: str = "") -> None:
     """Raise ValueError when a resource is asked for beyond what there is."""
     short = [
-        f"{amount:g} {name} (there are {have.get(name, 0):g})"
+        f"{amount:g} {name} (there are {have.get(name, 0):g}{state})"
         for name, amount in need.items()
         if amount > have.get(name, 0) + 1e-9
     ]

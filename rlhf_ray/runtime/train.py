@@ -92,12 +92,19 @@ def train(objective_name: str, config: TrainConfig) -> Path:
 
 def _clear_if_nothing_came_of_it(folder: Path) -> None:
     """Remove what a run that never began has left: its configuration must not bind the next one."""
-    if read_metrics(folder) or CheckpointStore(folder, keep=1).latest() is not None:
+    if not folder.is_dir():
         return
-    for name in ("config.yaml", "metrics.jsonl", "log.txt", ".lock"):
-        (folder / name).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    try:
+        lock = RunLock(folder)
+    except ValueError:
+        return  # another process is at work there
+    with lock:
+        if read_metrics(folder) or CheckpointStore(folder, keep=1).latest() is not None:
+            return
+        for name in ("config.yaml", "metrics.jsonl", "log.txt"):
+            (folder / name).unlink(missing_ok=True)
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder)
 
 
 def _say_complete(job: Job) -> None:

@@ -45,9 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The whole parser, and that of each command."""
-    parser = _Parser(
-        prog="tokenizer.py", description="Train and use a byte-level BPE tokenizer.", allow_abbrev=False
-    )
+    parser = _Parser(prog="tokenizer.py", description="Train and use a byte-level BPE tokenizer.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,encode,decode}")
 
     train = commands.add_parser("train", allow_abbrev=False, help="learn a vocabulary from text")
@@ -66,23 +64,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         metavar="N",
         help="tokens of the base vocabulary, 256 bytes included (default 4096)",
     )
-    train.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder for vocab.json and merges.txt"
-    )
+    train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for vocab.json and merges.txt")
 
-    encode = commands.add_parser(
-        "encode", allow_abbrev=False, help="UTF-8 on standard input -> a JSON list of ids"
-    )
-    decode = commands.add_parser(
-        "decode", allow_abbrev=False, help="a JSON list of ids on standard input -> text"
-    )
-    decode.add_argument(
-        "--keep-special", action="store_true", help="write special tokens instead of dropping them"
-    )
+    encode = commands.add_parser("encode", allow_abbrev=False, help="UTF-8 on standard input -> a JSON list of ids")
+    decode = commands.add_parser("decode", allow_abbrev=False, help="a JSON list of ids on standard input -> text")
+    decode.add_argument("--keep-special", action="store_true", help="write special tokens instead of dropping them")
     for command in (encode, decode):
-        command.add_argument(
-            "--tokenizer", type=Path, required=True, metavar="DIR", help="folder of the tokenizer"
-        )
+        command.add_argument("--tokenizer", type=Path, required=True, metavar="DIR", help="folder of the tokenizer")
     return parser, {"train": train, "encode": encode, "decode": decode}
 
 

@@ -41,9 +41,7 @@ class Template(Protocol):
         """Ids of an assistant's answer, its closing EOS included."""
         ...
 
-    def conversation_ids(
-        self, tokenizer: Tokenizer, messages: Sequence[Message]
-    ) -> tuple[list[int], list[bool]]:
+    def conversation_ids(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Ids of the whole conversation, and True for those of assistant's content and closing EOS."""
         ...
 
@@ -72,18 +70,14 @@ class TurnTemplate:
         """Ids of an assistant's answer, its closing EOS included."""
         return [*tokenizer.encode(response), tokenizer.eos_id]
 
-    def conversation_ids(
-        self, tokenizer: Tokenizer, messages: Sequence[Message]
-    ) -> tuple[list[int], list[bool]]:
+    def conversation_ids(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Ids of the whole conversation, and True for those of assistant's content and closing EOS."""
         ids, mask = [tokenizer.bos_id], [False]
         before: str | None = None
         for message in messages:
             spoken = message.role == "assistant"
             opening = self.opening(tokenizer, message.role, before)
-            content = (
-                self.response_ids(tokenizer, message.content) if spoken else tokenizer.encode(message.content)
-            )
+            content = self.response_ids(tokenizer, message.content) if spoken else tokenizer.encode(message.content)
             ids += opening + content
             mask += [False] * len(opening) + [spoken] * len(content)
             before = message.role

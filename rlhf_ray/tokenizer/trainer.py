@@ -111,9 +111,7 @@ def train_bpe(
     below 256, or the texts are empty or hold too few pairs to fill it.
     """
     if vocab_size < len(BASE_TOKENS):
-        raise ValueError(
-            f"vocab_size is {vocab_size}; it must be at least {len(BASE_TOKENS)}, one token per byte"
-        )
+        raise ValueError(f"vocab_size is {vocab_size}; it must be at least {len(BASE_TOKENS)}, one token per byte")
     word_counts = count_words(texts)
     if not word_counts:
         raise ValueError("the text to train on is empty; give some")

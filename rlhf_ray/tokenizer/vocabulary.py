@@ -70,9 +70,7 @@ def _read_tokens(path: Path) -> tuple[bytes, ...]:
     names = sorted(vocab, key=vocab.__getitem__)
     for expected, name in enumerate(names):
         if vocab[name] != expected:
-            raise ValueError(
-                f"{path}: ids must be 0 to {len(names) - 1}, each once, but id {expected} is not there"
-            )
+            raise ValueError(f"{path}: ids must be 0 to {len(names) - 1}, each once, but id {expected} is not there")
     if tuple(names[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS:
         names = names[: -len(SPECIAL_TOKENS)]
     if misplaced := [name for name in SPECIAL_TOKENS if name in vocab and vocab[name] < len(names)]:
@@ -88,9 +86,7 @@ def _read_tokens(path: Path) -> tuple[bytes, ...]:
             "only byte-level vocabularies can be read"
         ) from error
     if missing := set(BASE_TOKENS) - set(tokens):
-        raise ValueError(
-            f"{path}: the one-byte token {to_chars(min(missing))!r} is missing; all 256 are required"
-        )
+        raise ValueError(f"{path}: the one-byte token {to_chars(min(missing))!r} is missing; all 256 are required")
     return tokens
 
 

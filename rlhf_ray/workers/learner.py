@@ -11,6 +11,7 @@ epoch) and nothing else is drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from torch import Tensor
 
 from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.config import PPO
+from rlhf_ray.models.scoring import micro_batches
 from rlhf_ray.ops.losses import max_ratio, policy_diagnostics, policy_loss_terms, value_loss_terms
 from rlhf_ray.ops.masked import AGGREGATIONS, masked_sum
 from rlhf_ray.ops.schedules import SCHEDULES
 from rlhf_ray.types import Evaluation, Experience, Rollout, Usage, Weights, concat, select, trim
 from rlhf_ray.workers.meter import Meter
 from rlhf_ray.workers.policy_critic import PolicyCritic
-from rlhf_ray.workers.scoring import micro_batches
 from rlhf_ray.workers.weights import export_weights
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -80,7 +81,8 @@ class LearnerWorker:
     def update(self, experience: Experience) -> dict[str, float]:
         """Learn from one batch; returns the metrics of the update, averaged over its mini-batches.
 
-        Raises ValueError, before the first optimiser step, when the first mini-batch's ratio is not one.
+        Raises ValueError, before the first optimiser step, when the first mini-batch's ratio is not one, and before
+        any, when its gradient is not finite.
         """
         with self.meter.busy():
             factor = SCHEDULES[self.config.schedule](self.step, self.total_steps, self.config.warmup_fraction)
@@ -118,20 +120,20 @@ class LearnerWorker:
         aggregate = AGGREGATIONS[self.config.aggregation]
         denominator = aggregate.count(mask, self.response_length)
         totals: dict[str, float] = {}
-        largest = 0.0
-        error = 0.0
+        extremes: list[tuple[float, float]] = []
         for start in range(0, len(mini), self.config.micro_batch_size):
             micro = select(mini, slice(start, start + self.config.micro_batch_size))
             micro = trim(micro, micro.rollout.width)
-            loss, terms, extremes = self._losses(micro, denominator, mask.sum())
+            loss, terms, extreme = self._losses(micro, denominator, mask.sum())
             loss.backward()
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-            largest = max(largest, extremes[0])
-            error = max(error, extremes[1])
+            extremes.append(extreme)
+        largest, error = torch.tensor(extremes).amax(0).tolist()  # NaN stays NaN, unlike with max()
         if first:
             self._check_first_ratio(error)
         norms = self.model.clip_gradients(self.config.max_grad_norm)
+        self._check_gradient(norms)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         return {**totals, **norms, "val/ratio_max": largest, "val/first_ratio_error": error}
@@ -184,6 +186,14 @@ class LearnerWorker:
             raise ValueError(
                 f"the first mini-batch's ratio is {error:.3g} away from one (allowed: {limit}): the experience was not "
                 "evaluated with these weights, or dropout is on; refusing to train"
+            )
+
+    def _check_gradient(self, norms: dict[str, float]) -> None:
+        if not all(math.isfinite(norm) for norm in norms.values()):
+            self.optimiser.zero_grad(set_to_none=True)
+            raise ValueError(
+                f"step {self.step}: the gradient is not finite ({norms}); the weights are as they were before it: "
+                "resume from the newest checkpoint with a lower ppo.lr"
             )
 
     def weights(self, policy_version: int) -> Weights:

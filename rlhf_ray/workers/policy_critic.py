@@ -18,10 +18,10 @@ from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.models import GPT2
 from rlhf_ray.models.heads import SharedValueHead, ValueModel, before
 from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy
+from rlhf_ray.models.scoring import autocast, policy_logprobs
 from rlhf_ray.ops.logprobs import token_logprobs
 from rlhf_ray.ops.masked import mask_out
 from rlhf_ray.types import Rollout
-from rlhf_ray.workers.scoring import autocast, policy_logprobs
 
 
 class PolicyCritic(Protocol):

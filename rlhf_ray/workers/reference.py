@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.models.hf_weights import load_policy
+from rlhf_ray.models.scoring import in_micro_batches, policy_logprobs
 from rlhf_ray.types import Rollout, Usage
 from rlhf_ray.workers.meter import Meter
-from rlhf_ray.workers.scoring import in_micro_batches, policy_logprobs
 
 
 class ReferenceWorker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from rlhf_ray.data.prompt_set import PromptSet
 from rlhf_ray.generation import ENGINES
+from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.generation.sampling import Sampling, row_uniforms
 from rlhf_ray.models.hf_weights import load_policy
 from rlhf_ray.types import PromptBatch, Rollout, Usage, Weights
@@ -65,28 +67,14 @@ class RolloutWorker:
         with self.meter.busy():
             completions = self.engine.generate(prompts, uniforms, self.sampling)
         self.meter.count(sum(len(completion.tokens) for completion in completions))
-        lengths = [len(p) + len(c.tokens) for p, c in zip(prompts, completions, strict=True)]
-        shape = (len(prompts), max(lengths))
-        tokens = torch.full(shape, self.pad_id)
-        attention_mask = torch.zeros(shape, dtype=torch.bool)
-        response_mask = torch.zeros(shape, dtype=torch.bool)
-        rollout_logprobs = torch.zeros(shape)
-        for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            response = slice(len(prompt), lengths[b])
-            tokens[b, : lengths[b]] = torch.tensor([*prompt, *completion.tokens])
-            attention_mask[b, : lengths[b]] = True
-            response_mask[b, response] = True
-            rollout_logprobs[b, response] = torch.tensor(completion.logprobs)
-        return Rollout(
-            tokens=tokens,
-            attention_mask=attention_mask,
-            response_mask=response_mask,
-            rollout_logprobs=rollout_logprobs,
-            prompt_ids=torch.from_numpy(prompt_ids.copy()),
-            group_ids=torch.from_numpy(batch.group_ids[start:stop].copy()),
-            policy_version=torch.full((len(prompts),), self.policy_version),
-            finished=torch.tensor([completion.finished for completion in completions]),
+        rollout = to_rollout(
+            prompts,
+            completions,
+            pad_id=self.pad_id,
+            prompt_ids=prompt_ids.tolist(),
+            policy_version=self.policy_version,
         )
+        return replace(rollout, group_ids=torch.from_numpy(batch.group_ids[start:stop].copy()))
 
     def usage(self) -> Usage:
         """Tokens generated and seconds spent since the last call."""

@@ -86,9 +86,7 @@ keys = text | st.integers(-3, 3) | st.none() | st.floats(allow_nan=False)
 trees = st.recursive(
     scalars | tensors(),
     lambda leaf: (
-        st.lists(leaf, max_size=3)
-        | st.lists(leaf, max_size=3).map(tuple)
-        | st.dictionaries(keys, leaf, max_size=3)
+        st.lists(leaf, max_size=3) | st.lists(leaf, max_size=3).map(tuple) | st.dictionaries(keys, leaf, max_size=3)
     ),
     max_leaves=8,
 )
@@ -136,9 +134,7 @@ def test_optimiser_and_generator_continue_exactly(tmp_path: Path) -> None:
 
 def test_views_aliases_and_parameters_are_saved_as_their_values(tmp_path: Path) -> None:
     whole = torch.arange(12.0).reshape(3, 4)
-    tree = OrderedDict(
-        whole=whole, again=whole, turned=whole.T, row=whole[1], parameter=torch.nn.Parameter(whole)
-    )
+    tree = OrderedDict(whole=whole, again=whole, turned=whole.T, row=whole[1], parameter=torch.nn.Parameter(whole))
     save_tree(tmp_path / "state", tree)
     loaded = load_tree(tmp_path / "state")
     assert all(torch.equal(loaded[name], tree[name]) for name in tree)

@@ -13,9 +13,9 @@ from sklearn.linear_model import LogisticRegression
 from small_folders import make_policy
 
 from rlhf_ray.config import RewardModelConfig
-from rlhf_ray.evaluation.baselines import BagOfWords, length_baseline, words
 from rlhf_ray.models.hf_weights import load_reward_model
 from rlhf_ray.objectives import pair_metrics
+from rlhf_ray.objectives.baselines import BagOfWords, length_baseline, words
 from rlhf_ray.objectives.reward_model import RewardModel, pad_right
 from rlhf_ray.runtime.train_step import World, accumulate, gather_facts
 

@@ -93,9 +93,7 @@ def test_gae_limits_of_lambda() -> None:
     rewards_to_go = torch.zeros(3)
     for t in reversed(range(6)):
         rewards_to_go = rewards[:, t] + gamma * rewards_to_go
-        torch.testing.assert_close(
-            gae(rewards, values, mask, gamma, 1.0)[0][:, t], rewards_to_go - values[:, t]
-        )
+        torch.testing.assert_close(gae(rewards, values, mask, gamma, 1.0)[0][:, t], rewards_to_go - values[:, t])
     following = torch.cat([values[:, 1:], torch.zeros(3, 1)], 1)
     delta = rewards + gamma * following - values
     torch.testing.assert_close(gae(rewards, values, mask, gamma, 0.0)[0], delta)
@@ -146,9 +144,7 @@ def test_credit_on_the_gpu_equals_the_cpu() -> None:
     mask, scores = torch.rand(16, 64, generator=generator) < 0.7, torch.randn(16, generator=generator)
     results = []
     for device in ("cpu", "cuda"):
-        rewards, _ = kl_shaped_rewards(
-            scores.to(device), old.to(device), ref.to(device), mask.to(device), 0.05
-        )
+        rewards, _ = kl_shaped_rewards(scores.to(device), old.to(device), ref.to(device), mask.to(device), 0.05)
         results.append([x.cpu() for x in gae(rewards, values.to(device), mask.to(device), 1.0, 0.95)])
     for cpu, gpu in zip(*results, strict=True):
         torch.testing.assert_close(gpu, cpu)

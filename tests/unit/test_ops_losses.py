@@ -93,9 +93,7 @@ def test_policy_diagnostics_add_up_over_micro_batches() -> None:
 
     halves = []
     for columns in (slice(0, 2), slice(2, 4)):
-        part = policy_loss_terms(
-            log_ratios[:, columns], torch.zeros(1, 2), torch.ones(1, 2), mask[:, columns]
-        )
+        part = policy_loss_terms(log_ratios[:, columns], torch.zeros(1, 2), torch.ones(1, 2), mask[:, columns])
         halves.append(policy_diagnostics(part, mask[:, columns], denominator=3.0))
     torch.testing.assert_close({name: sum(half[name] for half in halves) for name in expected}, expected)
 

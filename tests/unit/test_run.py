@@ -36,9 +36,7 @@ def test_a_run_writes_what_it_was_told(tmp_path: Path, capsys: pytest.CaptureFix
         run.sync()
         run.samples(2, [{"prompt": "a", "score": 1.5}, {"prompt": "b", "judge": True}])
     folder = run.folder
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == CONFIG | {
-        "ppo": {"kl_coef": 1e-5, "sizes": [1, 2]}
-    }
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == CONFIG | {"ppo": {"kl_coef": 1e-5, "sizes": [1, 2]}}
     assert capsys.readouterr().out == "writing [here]\n"
     assert (folder / "log.txt").read_text().endswith(" writing [here]\n")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -143,9 +141,7 @@ def test_timers_add_up_and_belong_to_one_line(tmp_path: Path) -> None:
     assert set(second) == {"step", "loss"}
 
 
-def test_signals_ask_to_stop_and_the_third_interrupt_insists(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_signals_ask_to_stop_and_the_third_interrupt_insists(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Run.open(tmp_path, CONFIG, resume=False) as run:
         run.install_signal_handlers()

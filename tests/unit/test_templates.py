@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 from rlhf_ray.tokenizer import TEMPLATES, Tokenizer, find_template, train_bpe, write_hf_tokenizer
 from rlhf_ray.types import Message
 
-SAMPLE = (
-    "Add one and two. The answer is three, and the other answer is four.\n\n### Instruction:\n### Response:\n"
-    * 3
-)
+SAMPLE = "Add one and two. The answer is three, and the other answer is four.\n\n### Instruction:\n### Response:\n" * 3
 
 
 def say(*turns: str) -> list[Message]:
@@ -23,9 +20,7 @@ def say(*turns: str) -> list[Message]:
     return [Message(role=turn.split(": ")[0], content=turn.split(": ", 1)[1]) for turn in turns]
 
 
-DIALOGUE = say(
-    "system: Be brief.", "user: Add one", "assistant: two.", "user: and two?", "assistant: four <|eos|>"
-)
+DIALOGUE = say("system: Be brief.", "user: Add one", "assistant: two.", "user: and two?", "assistant: four <|eos|>")
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +47,7 @@ def test_chat_is_spelt_out(tok: Tokenizer) -> None:
 
 def test_alpaca_and_plain_are_spelt_out(tok: Tokenizer) -> None:
     decode = {
-        name: tok.decode(TEMPLATES[name].conversation_ids(tok, DIALOGUE)[0], skip_special=False)
-        for name in TEMPLATES
+        name: tok.decode(TEMPLATES[name].conversation_ids(tok, DIALOGUE)[0], skip_special=False) for name in TEMPLATES
     }
     assert decode["alpaca"] == (
         "<|bos|>Be brief.\n\n### Instruction:\nAdd one\n\n### Response:\ntwo.<|eos|>"
@@ -100,9 +94,7 @@ def test_unknown_template_is_refused_before_anything_is_written(tok: Tokenizer, 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 @pytest.mark.parametrize("with_config", [False, True])
-def test_transformers_gives_the_same_ids(
-    tok: Tokenizer, tmp_path: Path, name: str, with_config: bool
-) -> None:
+def test_transformers_gives_the_same_ids(tok: Tokenizer, tmp_path: Path, name: str, with_config: bool) -> None:
     from transformers import AutoTokenizer
 
     write_hf_tokenizer(tmp_path, tok, name)
@@ -115,10 +107,7 @@ def test_transformers_gives_the_same_ids(
         assert hf.decode(tok.encode(text)) == text
     special = [hf.pad_token_id, hf.bos_token_id, hf.eos_token_id, hf.unk_token_id]
     assert special == [tok.pad_id, tok.bos_id, tok.eos_id, tok.unk_id]
-    assert (
-        hf.decode([tok.bos_id, tok.user_id, *tok.encode("two"), tok.eos_id], skip_special_tokens=True)
-        == "two"
-    )
+    assert hf.decode([tok.bos_id, tok.user_id, *tok.encode("two"), tok.eos_id], skip_special_tokens=True) == "two"
 
     dialogue = say("system: Be brief.", "user: Add one", "assistant: two.", "user: And two?")
     dicts = [{"role": m.role, "content": m.content} for m in dialogue]

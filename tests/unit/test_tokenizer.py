@@ -129,9 +129,7 @@ def test_real_corpora_equal_both_libraries(gpt2: Tokenizer, peers: Any, test_dat
         assert_same(text, gpt2, peers)
 
 
-@pytest.mark.parametrize(
-    "text", ["a" * 70, "ab" * 5000, "supercalifragilistic" * 300, "!" * 3000, " " * 999 + "x"]
-)
+@pytest.mark.parametrize("text", ["a" * 70, "ab" * 5000, "supercalifragilistic" * 300, "!" * 3000, " " * 999 + "x"])
 def test_long_words_equal_both_libraries(gpt2: Tokenizer, peers: Any, text: str) -> None:
     assert_same(text, gpt2, peers)
 
@@ -159,9 +157,7 @@ def test_words_of_every_letter_number_and_space_equal_the_library() -> None:
         theirs = [text[a:b] for _, (a, b) in pre.pre_tokenize_str(text)]
         assert split_words(text) == theirs
     for code in codes:
-        if (
-            unicodedata.category(chr(code)) == "Cn"
-        ):  # each alone: one newer character can't stand in for another
+        if unicodedata.category(chr(code)) == "Cn":  # each alone: one newer character can't stand in for another
             text = f"a{chr(code)}1"
             assert split_words(text) == [text[a:b] for _, (a, b) in pre.pre_tokenize_str(text)]
 
@@ -247,14 +243,10 @@ def test_gpt2_files_survive_a_round_trip(gpt2: Tokenizer, test_data: Path, tmp_p
     assert json.loads((tmp_path / "vocab.json").read_bytes()) == json.loads(
         (test_data / "tokenizer/vocab.json").read_bytes()
     )
-    assert (tmp_path / "merges.txt").read_text().split() == (
-        test_data / "tokenizer/merges.txt"
-    ).read_text().split()
+    assert (tmp_path / "merges.txt").read_text().split() == (test_data / "tokenizer/merges.txt").read_text().split()
 
 
-def test_special_tokens_at_the_end_of_vocab_json_are_not_counted_twice(
-    small: Tokenizer, tmp_path: Path
-) -> None:
+def test_special_tokens_at_the_end_of_vocab_json_are_not_counted_twice(small: Tokenizer, tmp_path: Path) -> None:
     small.save(tmp_path)
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | small.special_tokens))
@@ -319,10 +311,6 @@ def test_missing_cut_and_repeated_merges_are_named(small: Tokenizer, tmp_path: P
 
 
 def test_importing_the_tokenizer_does_not_import_torch(repository: Path) -> None:
-    code = (
-        "import sys, rlhf_ray.tokenizer.command; print(sorted({'torch', 'rich', 'ray'} & set(sys.modules)))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
-    )
+    code = "import sys, rlhf_ray.tokenizer.command; print(sorted({'torch', 'rich', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -93,9 +93,7 @@ BAD_TRAINING = {
 
 
 @pytest.mark.parametrize("case", BAD_TRAINING)
-def test_mistakes_in_training_are_one_line_and_write_nothing(
-    repository: Path, tmp_path: Path, case: str
-) -> None:
+def test_mistakes_in_training_are_one_line_and_write_nothing(repository: Path, tmp_path: Path, case: str) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "keys.jsonl").write_text('{"prompt": "hi"}\n')

@@ -52,9 +52,7 @@ def test_hand_checked_example() -> None:
     assert tokenizer.vocabulary.tokens[256:] == (b"aa", b"ab", b"aaab")
     assert tokenizer.encode("aaabdaaabac") == [258, 67, 258, 64, 66]
     assert tokenizer.encode("aab") == [256, 65]
-    with pytest.raises(
-        ValueError, match="vocab_size is 260, but the text has repeated pairs for 259 tokens only"
-    ):
+    with pytest.raises(ValueError, match="vocab_size is 260, but the text has repeated pairs for 259 tokens only"):
         train_bpe(["aaabdaaabac"], 260)
 
 
@@ -69,9 +67,7 @@ def test_equals_the_naive_trainer(texts: list[str]) -> None:
 def test_equals_the_naive_trainer_on_a_longer_text() -> None:
     rng = random.Random(0)
     syllables = ["ka", "ro", "mi", "na", "to", "shi", "ba", "nana", "aa"]
-    texts = [
-        " ".join("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(300)) for _ in range(3)
-    ]
+    texts = [" ".join("".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(300)) for _ in range(3)]
     expected = naive_merges(texts, 120)
     assert len(expected) == 120
     assert learnt(texts, 120) == expected

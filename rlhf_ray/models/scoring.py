@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_ray.models import GPT2
+from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.ops.logprobs import token_logprobs
 from rlhf_ray.types import Rollout, concat, select, trim
 

@@ -1,0 +1,127 @@
+"""PPO on Ray actors: the numbers of one process, errors in one line, and a run that stops when it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from worlds import make_world, ppo_config
+
+from rlhf_ray import app
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.run import read_metrics
+from rlhf_ray.runtime import cluster
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray_ppo")
+    make_world(folder)
+    return folder
+
+
+def numbers(config: PPOConfig) -> list[dict[str, Any]]:
+    """A run's metrics without what the clock says."""
+    rows = read_metrics(app.run_folder(config))
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def test_any_number_of_rollout_workers_gives_the_same_rows_and_metrics(world: Path) -> None:
+    runs = [
+        ppo_config(world, run=f"workers-{n}", num_rollout_workers=n, num_reference_workers=max(n, 1), total_steps=2)
+        for n in (0, 1, 2)
+    ]
+    for config in runs:
+        app.train_ppo(config)
+    alone, *others = runs
+    assert [row["step"] for row in numbers(alone)] == [1, 2]
+    for config in others:
+        assert numbers(config) == numbers(alone)
+        for file in sorted((app.run_folder(alone) / "samples").iterdir()):
+            table = pyarrow.parquet.read_table(file)
+            assert table.num_rows == 12
+            assert pyarrow.parquet.read_table(app.run_folder(config) / "samples" / file.name).equals(table)
+        for row in read_metrics(app.run_folder(config)):
+            for role in ("generator", "reward", "reference", "learner"):
+                assert row[f"perf/tokens_per_second/{role}"] > 0
+
+
+def test_more_workers_than_there_are_resources_is_refused_before_any_starts(world: Path) -> None:
+    config = ppo_config(world, run="many", num_rollout_workers=1000)
+    cluster.connect(need={})  # the time to start Ray itself is not counted
+    before = time.monotonic()
+    with pytest.raises(ValueError, match=r"the cluster can't give 250\.3 CPU \(there are \d+\); ask for fewer"):
+        app.train_ppo(config)
+    assert time.monotonic() - before < 5
+    assert not (app.run_folder(config) / "config.yaml").exists()
+
+
+def test_the_error_of_a_reward_function_arrives_as_itself(world: Path) -> None:
+    (world / "moody.py").write_text(
+        "def score(number, **row):\n    raise ValueError(f'row {number} has no answer field')\n", encoding="utf-8"
+    )
+    config = ppo_config(world, run="moody", num_rollout_workers=1, reward=[f"{world / 'moody.py'}:score"])
+    with pytest.raises(ValueError, match=r"^row \d has no answer field$"):
+        app.train_ppo(config)
+
+
+def test_the_error_of_a_workers_constructor_arrives_as_itself_and_leaves_no_actor(world: Path) -> None:
+    broken = world / "broken"
+    broken.mkdir()
+    for file in (world / "reward").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    (broken / "model.safetensors").write_bytes((world / "reward" / "model.safetensors").read_bytes()[:-100])
+    free = cluster.ray.available_resources()["CPU"]
+    config = ppo_config(world, run="broken", num_rollout_workers=1, reward=[str(broken)])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
+        app.train_ppo(config)
+    deadline = time.monotonic() + 20
+    while cluster.ray.available_resources()["CPU"] < free - 1e-6 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cluster.ray.available_resources()["CPU"] == pytest.approx(free)
+
+
+YAML = """
+device: cpu
+num_rollout_workers: 0
+learner_threads: 1
+batch_size: 12
+total_steps: 400
+save_every: 1000
+sample_rows: 0
+generation: {response_length: 10, prompt_length: 40, shard_size: 5}
+ppo: {mini_batch_size: 6, micro_batch_size: 4, epochs: 2, lr: 1.0e-4}
+"""
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_same_command_goes_on(repository: Path, world: Path) -> None:
+    """The signal goes to the whole process group, as a terminal sends it."""
+    (world / "run.yaml").write_text(YAML, encoding="utf-8")
+    folder = world / "checkpoints" / "ppo" / "stopped"
+    words = "--config run.yaml --policy policy --reward reward --prompts prompts.jsonl --run stopped"
+    line = [sys.executable, str(repository / "launch" / "ppo.py"), *words.split(), "--checkpoints", "checkpoints"]
+    done = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            line, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        deadline = time.monotonic() + 100
+        while len(read_metrics(folder)) <= done and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        assert "Traceback" not in err and "stopping: this step is finished and saved first" in err
+        steps = [row["step"] for row in read_metrics(folder)]
+        assert steps == list(range(1, len(steps) + 1)) and done < len(steps) < 400
+        assert f"stopped after step {len(steps)}; the same command goes on from here" in out
+        assert (folder / "latest").read_text().strip() == f"step_{len(steps):06d}"
+        assert ("going on from" in out) == (done > 0)
+        done = len(steps)
