@@ -48,22 +48,49 @@ class Stage:
 def plan(config: PipelineConfig) -> list[Stage]:
     """The stages, each one's inputs being the outputs of those before it."""
     root = repository_path(config.checkpoints)
+    places = {"pretrain": "pretrained", "sft": "sft", "reward_model": "reward_model", "ppo": "ppo"}
+    folders = {stage: root / place / config.run for stage, place in places.items()}
     common = {"run": config.run, "seed": config.seed, "checkpoints": root}
-    folders = {
-        name: root / place / config.run
-        for name, place in {
-            "pretrain": "pretrained",
-            "sft": "sft",
-            "reward_model": "reward_model",
-            "ppo": "ppo",
-        }.items()
-    }
+    from_policy = [
+        _sft(config, common, folders),
+        _reward_model(config, common, folders),
+        *_ppo_and_evaluation(config, common, folders),
+    ]
+    return from_policy if config.policy is not None else _from_raw_text(config, common, folders) + from_policy
+
+
+def _from_raw_text(config: PipelineConfig, common: dict[str, Any], folders: dict[str, Path]) -> list[Stage]:
+    """Tokenizer and pre-training."""
     vocabulary = repository_path(config.pretrain.tokenizer)
     tokenizer = TokenizerConfig(data=config.pretrain.data, output=vocabulary, vocab_size=config.pretrain.vocab_size)
     pretrain = config.pretrain.model_copy(update={**common, "tokenizer": vocabulary})
+    return [
+        Stage(
+            name="tokenizer",
+            config=tokenizer,
+            inputs=_files(tokenizer.data),
+            folder=vocabulary,
+            run=stages.train_tokenizer,
+            complete=lambda c: (c.output / "merges.txt").is_file(),
+        ),
+        _train_stage("pretrain", pretrain, pretrain.data, folders, stages.pretrain),
+    ]
+
+
+def _sft(config: PipelineConfig, common: dict[str, Any], folders: dict[str, Path]) -> Stage:
     base = folders["pretrain"] if config.policy is None else repository_path(config.policy)
     sft = config.sft.model_copy(update={**common, "policy": base})
+    return _train_stage("sft", sft, sft.data, folders, stages.sft)
+
+
+def _reward_model(config: PipelineConfig, common: dict[str, Any], folders: dict[str, Path]) -> Stage:
     reward_model = config.reward_model.model_copy(update={**common, "policy": folders["sft"]})
+    prompts = [reward_model.prompts] if reward_model.prompts else []
+    return _train_stage("reward_model", reward_model, [*reward_model.data, *prompts], folders, stages.reward_model)
+
+
+def _ppo_and_evaluation(config: PipelineConfig, common: dict[str, Any], folders: dict[str, Path]) -> list[Stage]:
+    """PPO, and the comparison that samples as PPO did."""
     rewards = [
         source.model_copy(update={"source": str(folders["reward_model"])})
         if source.source == DEFAULT_REWARD_MODEL
@@ -71,7 +98,7 @@ def plan(config: PipelineConfig) -> list[Stage]:
         for source in config.ppo.rewards
     ]
     ppo = config.ppo.model_copy(update={**common, "policy": folders["sft"], "rewards": rewards})
-    evaluate = config.evaluate.model_copy(  # it samples as PPO did
+    evaluate = config.evaluate.model_copy(
         update={
             "seed": config.seed,
             "template": ppo.template,
@@ -84,26 +111,7 @@ def plan(config: PipelineConfig) -> list[Stage]:
             "output": folders["ppo"] / "evaluation.json",
         }
     )
-    from_raw_text = [
-        Stage(
-            name="tokenizer",
-            config=tokenizer,
-            inputs=_files(tokenizer.data),
-            folder=vocabulary,
-            run=stages.train_tokenizer,
-            complete=lambda c: (c.output / "merges.txt").is_file(),
-        ),
-        _train_stage("pretrain", pretrain, pretrain.data, folders, stages.pretrain),
-    ]
-    from_policy = [
-        _train_stage("sft", sft, sft.data, folders, stages.sft),
-        _train_stage(
-            "reward_model",
-            reward_model,
-            [*reward_model.data, *([reward_model.prompts] if reward_model.prompts else [])],
-            folders,
-            stages.reward_model,
-        ),
+    return [
         Stage(
             name="ppo",
             config=ppo,
@@ -121,7 +129,6 @@ def plan(config: PipelineConfig) -> list[Stage]:
             complete=lambda c: False,  # it ends every pipeline, and takes seconds
         ),
     ]
-    return from_policy if config.policy is not None else from_raw_text + from_policy
 
 
 def _train_stage(

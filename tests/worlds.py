@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from rlhf_ray.algorithms.ppo import credit
-from rlhf_ray.app import read_inputs, worker_arguments
 from rlhf_ray.config import PPOConfig
+from rlhf_ray.crews import worker_arguments
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.models.gpt2 import GPT2, GPT2Config
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.hf_weights import save_policy, save_reward_model
+from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.tokenizer import Tokenizer, train_bpe, write_hf_tokenizer
 from rlhf_ray.types import Experience, Judged, Rollout
 from rlhf_ray.workers.learner import LearnerWorker

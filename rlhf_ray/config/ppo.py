@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from rlhf_ray.config.loader import Config, Section
+from rlhf_ray.config.loader import Section
+from rlhf_ray.config.run_fields import RunFields
 
 
 class Generation(Section):
@@ -97,22 +98,8 @@ class PPO(Section):
     """Compute type of the learner; weights and optimiser stay float32."""
 
 
-class PPOConfig(Config):
+class PPOConfig(RunFields):
     """Reinforcement learning from human feedback with PPO."""
-
-    run: str = Field("default", min_length=1, pattern=r"^[\w.-]+$")
-    """Name of the run: the folder below checkpoints/ppo."""
-    checkpoints: Path = Path("checkpoints")
-    """Folder that holds every stage's runs."""
-    seed: int = Field(0, ge=0)
-    resume: bool = True
-    """Go on from the newest complete checkpoint of the run, if there is one."""
-    allow_config_change: bool = False
-    """Resume although the saved configuration differs."""
-    overwrite: bool = False
-    """Delete the run's folder first."""
-    max_bad_rows: int = Field(0, ge=0)
-    """Malformed prompt rows to skip before the run stops."""
 
     policy: Path = Path("checkpoints/sft/default")
     """The SFT policy: where the policy starts, and the frozen reference."""

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from rlhf_ray.config.loader import Config, Section, merge, read_yaml
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.presets import hardware_preset, preset_file
+from rlhf_ray.config.run_fields import RunFields
 
 Preset = Literal["tiny", "mini_xl", "small", "medium", "large", "xl"]
 TemplateName = Literal["chat", "alpaca", "plain"]
@@ -36,24 +37,6 @@ class Optimiser(Section):
     """Applied to matrices, never to biases, norms and positions."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradient clipping; 0 turns it off."""
-
-
-class RunFields(Config):
-    """What every stage's run has."""
-
-    run: str = Field("default", min_length=1, pattern=r"^[\w.-]+$")
-    """Name of the run: the folder below the stage's checkpoints."""
-    checkpoints: Path = Path("checkpoints")
-    """Folder that holds every stage's runs."""
-    seed: int = Field(0, ge=0)
-    resume: bool = True
-    """Go on from the newest complete checkpoint of the run, if there is one."""
-    allow_config_change: bool = False
-    """Resume although the saved configuration differs."""
-    overwrite: bool = False
-    """Delete the run's folder first."""
-    max_bad_rows: int = Field(0, ge=0)
-    """Malformed data rows to skip before the run stops."""
 
 
 class TrainConfig(RunFields):

@@ -137,7 +137,7 @@ def test_empty_yaml_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_optional_path_can_be_unset() -> None:
-    assert load(EvaluateConfig, ["--reward-model", "None"]).reward_model is None
+    assert load(EvaluateConfig, ["--reward-model", "null"]).reward_model is None
     assert load(EvaluateConfig, []).reward_model == Path("checkpoints/reward_model/default")
 
 

@@ -11,9 +11,9 @@ import torch
 from worlds import Workers, make_world, policy_weights, ppo_config, stir
 
 from rlhf_ray.algorithms import ppo
-from rlhf_ray.app import read_inputs
 from rlhf_ray.models.hf_weights import load_policy, save_policy
 from rlhf_ray.ops.advantages import kl_shaped_rewards, last_token_index
+from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
 from rlhf_ray.run import Run

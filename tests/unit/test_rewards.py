@@ -15,8 +15,9 @@ import pytest
 import torch
 from worlds import Workers, make_world, ppo_config
 
-from rlhf_ray.app import read_inputs, worker_arguments
+from rlhf_ray.crews import worker_arguments
 from rlhf_ray.models.hf_weights import load_reward_model, save_reward_model
+from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.rewards import http as http_reward
 from rlhf_ray.tokenizer import Tokenizer, train_bpe, write_hf_tokenizer
 from rlhf_ray.types import Rollout

@@ -1,0 +1,127 @@
+"""The workers of a PPO run: what each is built with, and where it runs."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+
+from rlhf_ray.config import PPOConfig
+from rlhf_ray.generation.sampling import Sampling
+from rlhf_ray.ppo_inputs import Inputs, row_length
+from rlhf_ray.rewards import RewardContext
+from rlhf_ray.runtime.cluster import connect
+from rlhf_ray.runtime.crew import RayCrew, wait_until_built
+from rlhf_ray.workers.groups import Crew, LocalCrew
+from rlhf_ray.workers.learner import LearnerWorker
+from rlhf_ray.workers.policy_critic import build_policy_critic
+from rlhf_ray.workers.reference import ReferenceWorker
+from rlhf_ray.workers.reward import RewardWorker
+from rlhf_ray.workers.rollout import RolloutWorker
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[str, Any]]:
+    """The constructor arguments of each worker class, the same with and without Ray."""
+    special = {name: getattr(inputs.tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
+    device, compute = inputs.device, DTYPES[config.ppo.dtype]
+    generation = config.generation
+    learner_threads = config.learner_threads or os.cpu_count() or 1
+    context = RewardContext(
+        tokenizer=inputs.tokenizer,
+        prompts=inputs.prompts,
+        device=device,
+        dtype=compute,
+        micro_batch_size=config.ppo.micro_batch_size,
+        max_length=row_length(config),
+    )
+    return {
+        RolloutWorker: {
+            "folder": inputs.policy,
+            "prompts": inputs.prompts,
+            "sampling": Sampling(
+                temperature=generation.temperature,
+                max_new_tokens=generation.response_length,
+            ),
+            "seed": config.seed,
+            "eos_id": special["eos_id"],
+            "pad_id": special["pad_id"],
+            "max_rows": generation.shard_size,
+            "device": device,
+            "dtype": DTYPES[generation.dtype],
+            "threads": config.rollout_threads,
+        },
+        RewardWorker: {
+            "sources": config.reward_sources,
+            "context": context,
+            "threads": config.scoring_threads,
+        },
+        ReferenceWorker: {
+            "folder": inputs.policy,
+            "temperature": generation.temperature,
+            "micro_batch_size": config.ppo.micro_batch_size,
+            "device": device,
+            "dtype": compute,
+            "threads": config.scoring_threads,
+        },
+        LearnerWorker: {
+            "build": partial(
+                build_policy_critic,
+                config.ppo.critic,
+                inputs.policy,
+                inputs.critic_init,
+                temperature=generation.temperature,
+                device=device,
+                dtype=compute,
+                special=special,
+            ),
+            "config": config.ppo,
+            "seed": config.seed,
+            "total_steps": config.total_steps,
+            "response_length": generation.response_length,
+            "rollout_dtype": DTYPES[generation.dtype],
+            "threads": learner_threads,
+        },
+    }
+
+
+def crews(config: PPOConfig, inputs: Inputs) -> dict[type[Any], Crew]:
+    """One crew a worker class: in this process without rollout workers, else Ray actors, all starting at once."""
+    arguments = worker_arguments(config, inputs)
+    if config.num_rollout_workers == 0:
+        return {worker: LocalCrew(worker(**arguments[worker])) for worker in arguments}
+    shares = {  # worker: (role, how many, CPUs, GPUs of each)
+        RolloutWorker: ("rollout", config.num_rollout_workers, config.rollout_cpus, config.rollout_gpus),
+        RewardWorker: ("reward", config.num_reward_workers, config.service_cpus, config.reward_gpus),
+        ReferenceWorker: (
+            "reference",
+            config.num_reference_workers,
+            config.service_cpus,
+            config.reference_gpus,
+        ),
+        LearnerWorker: ("learner", 1, config.service_cpus, config.learner_gpus),
+    }
+    on_gpu = inputs.device == "cuda"
+    connect(
+        need={
+            "CPU": sum(size * cpus for _, size, cpus, _ in shares.values()),
+            "GPU": sum(size * gpus for _, size, _, gpus in shares.values()) if on_gpu else 0.0,
+        }
+    )
+    built = {
+        worker: RayCrew(
+            worker,
+            arguments[worker],
+            role=role,
+            size=size,
+            cpus=cpus,
+            gpus=gpus if on_gpu else 0.0,
+            timeout=config.timeout,
+        )
+        for worker, (role, size, cpus, gpus) in shares.items()
+    }
+    wait_until_built(list(built.values()))
+    return dict(built)
