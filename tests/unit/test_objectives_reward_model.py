@@ -47,7 +47,7 @@ def objective(tmp_path: Path) -> RewardModel:
 def test_loss_is_the_mean_of_log_sigmoids_whatever_the_micro_batch(objective: RewardModel) -> None:
     torch.manual_seed(0)
     model, rows = objective.build(CPU), list(objective.dataset().train)
-    scores = [[float(model(*pad_right([tokens]))) for tokens in (row.chosen, row.rejected)] for row in rows]
+    scores = [[float(model(*pad_right([tokens])).detach()) for tokens in (row.chosen, row.rejected)] for row in rows]
     margins = torch.tensor([chosen - rejected for chosen, rejected in scores]) - torch.tensor([0.0, 0.0, 0.5])
     for size in (1, 2, 3):
         loss = accumulate(objective, model, rows, World(), micro_batch_size=size)
