@@ -26,65 +26,72 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[str, Any]]:
     """The constructor arguments of each worker class, the same with and without Ray."""
-    special = {name: getattr(inputs.tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
-    device, compute = inputs.device, DTYPES[config.ppo.dtype]
+    return {
+        RolloutWorker: _rollout_arguments(config, inputs),
+        RewardWorker: _reward_arguments(config, inputs),
+        ReferenceWorker: _reference_arguments(config, inputs),
+        LearnerWorker: _learner_arguments(config, inputs),
+    }
+
+
+def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     generation = config.generation
-    learner_threads = config.learner_threads or os.cpu_count() or 1
+    return {
+        "folder": inputs.policy,
+        "prompts": inputs.prompts,
+        "sampling": Sampling(temperature=generation.temperature, max_new_tokens=generation.response_length),
+        "seed": config.seed,
+        "eos_id": inputs.tokenizer.eos_id,
+        "pad_id": inputs.tokenizer.pad_id,
+        "max_rows": generation.shard_size,
+        "device": inputs.device,
+        "dtype": DTYPES[generation.dtype],
+        "threads": config.rollout_threads,
+    }
+
+
+def _reward_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     context = RewardContext(
         tokenizer=inputs.tokenizer,
         prompts=inputs.prompts,
-        device=device,
-        dtype=compute,
+        device=inputs.device,
+        dtype=DTYPES[config.ppo.dtype],
         micro_batch_size=config.ppo.micro_batch_size,
         max_length=row_length(config),
     )
+    return {"sources": config.reward_sources, "context": context, "threads": config.scoring_threads}
+
+
+def _reference_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     return {
-        RolloutWorker: {
-            "folder": inputs.policy,
-            "prompts": inputs.prompts,
-            "sampling": Sampling(
-                temperature=generation.temperature,
-                max_new_tokens=generation.response_length,
-            ),
-            "seed": config.seed,
-            "eos_id": special["eos_id"],
-            "pad_id": special["pad_id"],
-            "max_rows": generation.shard_size,
-            "device": device,
-            "dtype": DTYPES[generation.dtype],
-            "threads": config.rollout_threads,
-        },
-        RewardWorker: {
-            "sources": config.reward_sources,
-            "context": context,
-            "threads": config.scoring_threads,
-        },
-        ReferenceWorker: {
-            "folder": inputs.policy,
-            "temperature": generation.temperature,
-            "micro_batch_size": config.ppo.micro_batch_size,
-            "device": device,
-            "dtype": compute,
-            "threads": config.scoring_threads,
-        },
-        LearnerWorker: {
-            "build": partial(
-                build_policy_critic,
-                config.ppo.critic,
-                inputs.policy,
-                inputs.critic_init,
-                temperature=generation.temperature,
-                device=device,
-                dtype=compute,
-                special=special,
-            ),
-            "config": config.ppo,
-            "seed": config.seed,
-            "total_steps": config.total_steps,
-            "response_length": generation.response_length,
-            "rollout_dtype": DTYPES[generation.dtype],
-            "threads": learner_threads,
-        },
+        "folder": inputs.policy,
+        "temperature": config.generation.temperature,
+        "micro_batch_size": config.ppo.micro_batch_size,
+        "device": inputs.device,
+        "dtype": DTYPES[config.ppo.dtype],
+        "threads": config.scoring_threads,
+    }
+
+
+def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
+    build = partial(
+        build_policy_critic,
+        config.ppo.critic,
+        inputs.policy,
+        inputs.critic_init,
+        temperature=config.generation.temperature,
+        device=inputs.device,
+        dtype=DTYPES[config.ppo.dtype],
+        special={name: getattr(inputs.tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")},
+    )
+    return {
+        "build": build,
+        "config": config.ppo,
+        "seed": config.seed,
+        "total_steps": config.total_steps,
+        "response_length": config.generation.response_length,
+        "rollout_dtype": DTYPES[config.generation.dtype],
+        "threads": config.learner_threads or os.cpu_count() or 1,
     }
 
 
