@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rlhf_ray.chat.conversation import Conversation
 from rlhf_ray.chat.display import Display
+from rlhf_ray.chat.interrupt import Interrupt
 from rlhf_ray.chat.speaker import Speaker
 from rlhf_ray.config import ChatConfig
 from rlhf_ray.generation import Sampling, row_uniforms
@@ -103,17 +104,18 @@ class Terminal:
         ]
         self._notice_once(next((prompt.notice for prompt in prompts if prompt.notice), ""))
         uniforms = row_uniforms(self.seed, self.answered, 0, self.sampling.max_new_tokens)
-        answers = [
-            speaker.answer(prompt, self.sampling, uniforms)
-            for speaker, prompt in zip(self.speakers, prompts, strict=True)
-        ]
         said: list[list[str]] = [[] for _ in self.speakers]
         self.answered += 1
         try:
-            if len(answers) == 1:
-                self.display.stream(answers[0], said[0])
-            else:
-                self.display.side_by_side([speaker.name for speaker in self.speakers], answers, said)
+            with Interrupt() as interrupt:
+                answers = [
+                    interrupt.between(speaker.answer(prompt, self.sampling, uniforms))
+                    for speaker, prompt in zip(self.speakers, prompts, strict=True)
+                ]
+                if len(answers) == 1:
+                    self.display.stream(answers[0], said[0])
+                else:
+                    self.display.side_by_side([speaker.name for speaker in self.speakers], answers, said)
         finally:
             if any(said):
                 self.conversations = [

@@ -94,10 +94,10 @@ def test_saved_model_has_mean_0_and_deviation_1_on_the_policys_samples(objective
     with torch.no_grad():
         model.score.weight.mul_(3.0)
     raw = pad_right([objective.dataset().train[0].chosen])
-    before = float(model(*raw))
+    before = model(*raw).item()
     objective.prepare(CPU, torch.float32)
     objective.save(model, tmp_path / "saved")
-    assert float(model(*raw)) == before  # training goes on with raw scores
+    assert model(*raw).item() == before  # training goes on with raw scores
     saved = load_reward_model(tmp_path / "saved").eval()
     mean, std = pair_metrics.mean_and_std(objective.score(saved, objective._samples))
     assert mean == pytest.approx(0.0, abs=1e-5) and std == pytest.approx(1.0, abs=1e-5)
