@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.chat.conversation import Conversation, Prompt
-from rlhf_ray.generation import ENGINES, Engine, Sampling
+from rlhf_ray.generation import Engine, Sampling, make_engine
 from rlhf_ray.generation.load import load_policy_with_tokenizer
 from rlhf_ray.tokenizer import StreamDecoder, Template, Tokenizer, find_template
 
@@ -32,7 +32,7 @@ class Speaker:
         Raises ValueError when there is no model or its vocabulary does not fit.
         """
         policy, tokenizer, recorded = load_policy_with_tokenizer(path, device=device, field=field)
-        engine = ENGINES["torch"](policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, max_rows=1)
+        engine = make_engine(policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, max_rows=1)
         chosen = find_template(template or recorded or "chat")
         return cls(name=str(path), engine=engine, tokenizer=tokenizer, template=chosen)
 

@@ -12,7 +12,7 @@ from rlhf_ray.config import EvaluateConfig
 from rlhf_ray.data.prompt_set import PromptSet
 from rlhf_ray.evaluation.distinct import distinct_n
 from rlhf_ray.evaluation.judges import Judge
-from rlhf_ray.generation import ENGINES, Sampling, row_uniforms
+from rlhf_ray.generation import Sampling, make_engine, row_uniforms
 from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.heads import ValueModel
@@ -48,7 +48,7 @@ def sample(
     policy: GPT2, tokenizer: Tokenizer, prompts: PromptSet, sampling: Sampling, *, seed: int, max_rows: int
 ) -> Rollout:
     """One response a prompt (B rows); row i draws from the stream (seed, 0, i), whatever the policy is."""
-    engine = ENGINES["torch"](policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, max_rows=max_rows)
+    engine = make_engine(policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, max_rows=max_rows)
     rows, length = range(len(prompts)), sampling.max_new_tokens
     uniforms = np.stack([row_uniforms(seed, 0, row, length) for row in rows])  # (B, length)
     completions = engine.generate(prompts.token_ids, uniforms, sampling)
@@ -61,7 +61,7 @@ def sequence_kl(rollout: Rollout, policy: GPT2, baseline: GPT2, *, temperature: 
 
     def logprobs(model: GPT2) -> Tensor:
         def score(micro: Rollout) -> Tensor:
-            return policy_logprobs(model, micro, temperature=temperature, dtype=torch.float32)[0]
+            return policy_logprobs(model, micro, temperature=temperature, dtype=torch.float32)
 
         return in_micro_batches(rollout, batch_size, score)  # (B, T)
 

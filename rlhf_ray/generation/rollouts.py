@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rlhf_ray.generation.engine import Completion
+from rlhf_ray.generation.requests import Completion
 from rlhf_ray.types import Rollout
 
 

@@ -8,7 +8,9 @@ Left out on purpose: repetition penalties and beams, which no training objective
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +35,12 @@ class Sampling:
     """Draw among the k likeliest tokens; 0 for all."""
     top_p: float = 1.0
     """Draw among the likeliest tokens that together reach this probability; 1 for all."""
+    min_p: float = 0.0
+    """Draw among tokens at least this many times as likely as the likeliest; 0 for all."""
+    stop_ids: tuple[int, ...] = ()
+    """Further tokens that end a response as EOS does."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response by the token that completes one."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -48,11 +56,15 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be at least 0 (0 = off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (1 = off)")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be between 0 and 1 (0 = off)")
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string, which would end every response at once; remove it")
 
     @property
     def truncated(self) -> bool:
         """Whether some tokens are never drawn."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 def row_uniforms(seed: int, step: int, row: int, length: int) -> np.ndarray:
@@ -68,14 +80,22 @@ def row_uniforms(seed: int, step: int, row: int, length: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(length)
 
 
-def sample(
-    logits: Tensor, uniforms: Tensor, sampling: Sampling, *, banned: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw one token per row: tokens (B,) int64 and their log-probabilities (B,) float32.
+class Drawn(NamedTuple):
+    """One token per row."""
+
+    tokens: Tensor
+    """(B,) int64."""
+    logprobs: Tensor
+    """(B,) float32: in the full distribution at the temperature (at 1 when that is 0), whatever was left out."""
+    log_kept: Tensor
+    """(B,) float32: log of the full distribution's mass that the token was drawn from; 0 when that is all of it."""
+
+
+def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling, *, banned: Tensor | None = None) -> Drawn:
+    """Draw one token per row.
 
     logits (B, V) float32, uniforms (B,) float64 in [0, 1), ``banned`` (B, V) bool, True on tokens not to
-    draw.  The log-probability is the one in the full distribution at the temperature (at 1 when that is 0),
-    whatever was left out of the draw.  A drawn token always has probability above 0.
+    draw.  A drawn token always has probability above 0.
     """
     scaled = logits if sampling.temperature in (0.0, 1.0) else logits / sampling.temperature  # (B, V)
     allowed = scaled if banned is None else scaled.masked_fill(banned, float("-inf"))
@@ -88,12 +108,14 @@ def sample(
         tokens = _inverse_cdf(p, uniforms)
         if allowed is scaled:
             # In float64, because float32's last bit depends on a row's place in the batch.
-            return tokens, p.gather(1, tokens[:, None])[:, 0].double().log().float()
-    return tokens, scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(1)
+            logprobs = p.gather(1, tokens[:, None])[:, 0].double().log().float()
+            return Drawn(tokens, logprobs, torch.zeros_like(logprobs))
+    mass = scaled.logsumexp(1)
+    return Drawn(tokens, scaled.gather(1, tokens[:, None])[:, 0] - mass, allowed.logsumexp(1) - mass)
 
 
 def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits (B, V), -inf on what top-k, then top-p (Holtzman et al. 2020), leave out."""
+    """Logits (B, V), -inf on what top-k, then top-p (Holtzman et al. 2020), then min-p leave out."""
     ordered, order = logits.sort(dim=1, descending=True, stable=True)  # (B, V)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if sampling.top_k:
@@ -101,6 +123,8 @@ def _truncate(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         p = ordered.masked_fill(~kept, float("-inf")).softmax(1, dtype=torch.float64)
         kept &= p.cumsum(1) - p < sampling.top_p
+    if sampling.min_p > 0:
+        kept &= ordered >= ordered[:, :1] + math.log(sampling.min_p)
     return logits.masked_fill(~torch.zeros_like(kept).scatter(1, order, kept), float("-inf"))
 
 

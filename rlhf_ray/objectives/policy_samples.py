@@ -15,7 +15,7 @@ import torch
 
 from rlhf_ray.data.prompt_set import tokenise_prompts
 from rlhf_ray.data.rows import PromptRow
-from rlhf_ray.generation import ENGINES, Sampling, row_uniforms
+from rlhf_ray.generation import Sampling, make_engine, row_uniforms
 from rlhf_ray.models.hf_weights import load_policy
 from rlhf_ray.tokenizer import Tokenizer, find_template
 
@@ -66,6 +66,6 @@ class PolicySampler:
         uniforms = np.stack([row_uniforms(self.seed, draw, row, length) for row in range(count)])  # (count, length)
         policy = load_policy(self.folder, device=self.device, dtype=self.dtype).eval().requires_grad_(False)
         tokens = self.tokenizer
-        engine = ENGINES["torch"](policy, eos_id=tokens.eos_id, pad_id=tokens.pad_id, max_rows=MAX_ROWS)
+        engine = make_engine(policy, eos_id=tokens.eos_id, pad_id=tokens.pad_id, max_rows=MAX_ROWS)
         completions = engine.generate(prompts, uniforms, self.sampling)
         return [prompt + completion.tokens for prompt, completion in zip(prompts, completions, strict=True)]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from rlhf_ray.data.prompt_set import PromptSet
-from rlhf_ray.generation import ENGINES
+from rlhf_ray.generation import make_engine
 from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.generation.sampling import Sampling, row_uniforms
 from rlhf_ray.models.hf_weights import load_policy
+from rlhf_ray.tokenizer import Tokenizer
 from rlhf_ray.types import PromptBatch, Rollout, Usage, Weights
 from rlhf_ray.workers.meter import Meter
 from rlhf_ray.workers.weights import import_weights
@@ -38,9 +40,13 @@ class RolloutWorker:
         device: str,
         dtype: torch.dtype,
         threads: int,
+        engine: str = "auto",
+        tokenizer: Tokenizer | None = None,
     ) -> None:
+        """``tokenizer`` is needed for stop strings alone."""
         self.policy = load_policy(folder, device=device, dtype=dtype).eval().requires_grad_(False)
-        self.engine = ENGINES["torch"](self.policy, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows)
+        text = None if tokenizer is None else partial(tokenizer.token_bytes, skip_special=False)
+        self.engine = make_engine(self.policy, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows, text=text, kind=engine)
         self.prompts = prompts
         self.sampling = sampling
         self.seed = seed

@@ -193,12 +193,12 @@ def test_comparison_measures_each_side(config: EvaluateConfig) -> None:
 
 def test_sequence_kl_and_score_of_a_row(config: EvaluateConfig) -> None:
     """The first row's KL and score, recomputed from whole logits."""
-    from rlhf_ray.generation import ENGINES, Sampling, row_uniforms
+    from rlhf_ray.generation import Sampling, make_engine, row_uniforms
 
     result = compare(config)
     policy, tokenizer, _ = load_policy_with_tokenizer(config.policy)
     prompt = TEMPLATES["chat"].prompt_ids(tokenizer, result.prompts[0].prompt)
-    engine = ENGINES["torch"](policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    engine = make_engine(policy, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     response = engine.generate([prompt], row_uniforms(0, 0, 0, 10)[None], Sampling(max_new_tokens=10))[0].tokens
     assert tokenizer.decode(response) == result.policy.texts[0]
     ids, targets = prompt + response, [False] * len(prompt) + [True] * len(response)

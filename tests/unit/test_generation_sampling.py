@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_ray.generation import Sampling, row_uniforms, sample
+from rlhf_ray.generation import Sampling, native_problem, row_uniforms, sample
+from rlhf_ray.generation.native import NativeModel
+from rlhf_ray.models import GPT2, GPT2Config
 
 NEAR_ONE = 1 - 2**-53
 
@@ -19,7 +21,8 @@ NEAR_ONE = 1 - 2**-53
 def draw(logits: torch.Tensor, uniforms: list[float] | np.ndarray, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     banned = options.pop("banned", None)
     u = torch.as_tensor(uniforms, dtype=torch.float64)
-    return sample(logits, u, Sampling(max_new_tokens=8, **options), banned=banned)
+    drawn = sample(logits, u, Sampling(max_new_tokens=8, **options), banned=banned)
+    return drawn.tokens, drawn.logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -159,3 +162,32 @@ def test_impossible_sampling_is_refused_by_name(options: dict[str, Any]) -> None
     (name,) = options
     with pytest.raises(ValueError, match=f"{name} is"):
         Sampling(**({"max_new_tokens": 8} | options))
+
+
+@given(
+    V=st.integers(1, 700),
+    temperature=st.sampled_from([0.3, 1.0, 2.0]),
+    seed=st.integers(0, 10_000),
+    ban=st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_native_draw_is_the_plain_one(V: int, temperature: float, seed: int, ban: bool) -> None:
+    model = GPT2(GPT2Config(vocab_size=5, n_positions=4, n_embd=16, n_layer=1, n_head=1))
+    if native_problem(model):
+        return
+    logits = 4 * torch.randn(16, V, generator=torch.Generator().manual_seed(seed))
+    u = row_uniforms(seed, 1, 2, 16)
+    banned = np.full(16, -1)
+    mask = torch.zeros(16, V, dtype=torch.bool)
+    if ban and V > 1:
+        banned[::2] = seed % V
+        mask[::2, seed % V] = True
+    tokens, logprobs, log_kept = NativeModel(model).draw(logits, u, banned, temperature)
+    plain = sample(logits, torch.from_numpy(u), Sampling(max_new_tokens=1, temperature=temperature), banned=mask)
+    p = (logits.double() / temperature).masked_fill(mask, -math.inf).softmax(1)
+    edges = p.cumsum(1)
+    close = (edges - torch.from_numpy(u)[:, None]).abs().amin(1) < 1e-5  # rounding may put these on either side
+    same = torch.from_numpy(tokens) == plain.tokens
+    assert (same | close).all()
+    torch.testing.assert_close(torch.from_numpy(logprobs)[same], plain.logprobs[same], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(log_kept)[same], plain.log_kept[same], atol=2e-5, rtol=1e-5)

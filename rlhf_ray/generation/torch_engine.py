@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rlhf_ray.generation.packed import pack, packable
+from rlhf_ray.generation.record import Record
+from rlhf_ray.generation.requests import Completion, Stops, TextOf, check_requests
 from rlhf_ray.generation.sampling import Sampling, sample
 from rlhf_ray.generation.slots import ROW_BLOCK, Slots
 from rlhf_ray.models.gpt2 import GPT2
@@ -27,22 +28,12 @@ PREFILL_TOKENS = 8192
 """Tokens of one prefill pass, which bounds its memory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What was generated for one prompt."""
-
-    tokens: list[int]
-    """The response, its EOS included when it has one."""
-    logprobs: list[float]
-    """Log-probability of each token in the full distribution at the temperature (at 1 when that is 0)."""
-    finished: bool
-    """The response ended by EOS, not by its length."""
-
-
-class Engine:
+class TorchEngine:
     """Generates with a model whose weights may change between calls; one thread at a time may call it."""
 
-    def __init__(self, model: GPT2, *, eos_id: int, pad_id: int, max_rows: int = 64) -> None:
+    def __init__(
+        self, model: GPT2, *, eos_id: int, pad_id: int, max_rows: int = 64, text: TextOf | None = None
+    ) -> None:
         """``max_rows`` bounds the rows generated at once, rounded up to whole blocks of 16."""
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
@@ -50,6 +41,7 @@ class Engine:
         self.eos_id = eos_id
         self.pad_id = pad_id
         self.max_rows = max_rows
+        self.text = text
         on_cpu = model.wte.weight.device.type == "cpu"
         # A look at which rows have ended makes the host wait for a GPU, and a launch costs more there than padding.
         self.burst = 1 if on_cpu else 8
@@ -62,21 +54,13 @@ class Engine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> list[Completion]:
-        """One completion per prompt, in order, whatever order they end in.
-
-        uniforms (B, >= max_new_tokens) float64 in [0, 1) decide every draw.  ValueError for an empty prompt,
-        for one that leaves no room for ``max_new_tokens`` within ``n_positions``, and for too few uniforms.
-        """
-        self._check(prompts, uniforms, sampling)
+        """One completion per prompt; see ``Engine``."""
+        check_requests(prompts, uniforms, sampling, self.model.config.n_positions)
         if not prompts:
             return []
-        model, device = self._current(), self.model.wte.weight.device
+        model, stops = self._current(), Stops(sampling, self.eos_id, self.text)
         N, budget = len(prompts), sampling.max_new_tokens
-        draws = torch.zeros(N + 1, budget, dtype=torch.float64)  # the spare row serves free slots
-        draws[:N] = torch.from_numpy(np.ascontiguousarray(uniforms[:, :budget]))
-        draws = draws.view(-1).to(device)
-        tokens = torch.zeros_like(draws, dtype=torch.int64)
-        logprobs = torch.zeros_like(draws, dtype=torch.float32)
+        record = Record.empty(uniforms[:, :budget], stops, self.model.wte.weight.device)
         slots = Slots(self._allocate(N, max(map(len, prompts)) + budget), prompts=N, budget=budget)
         refill_at = max(1, len(slots.prompt) // 8)
         waiting = 0  # first prompt without a slot
@@ -88,19 +72,22 @@ class Engine:
             elif waiting == N:
                 slots.compact()
             steps = min(self.burst, int(slots.left[slots.taken].min()))
-            self._decode(model, slots, steps, draws, tokens, logprobs, sampling)
+            self._decode(model, slots, steps, record, sampling)
+            if stops.strings:
+                self._stop_at_strings(slots, steps, record, stops, sampling)
             slots.stepped(steps)
-        return self._collect(tokens[:-budget].view(N, budget), logprobs[:-budget].view(N, budget))
+        return record.completions(stops, sampling)
 
     @torch.inference_mode()
     def stream(self, prompt: Sequence[int], uniforms: np.ndarray, sampling: Sampling) -> Iterator[int]:
-        """The tokens of one completion as they are drawn, its EOS included; uniforms (>= max_new_tokens,).
+        """The tokens of one completion as they are drawn; see ``Engine``.
 
         A row alone is not padded to a block: its logits may differ from ``generate``'s in the last bits.
-        ValueError as for ``generate``.
         """
-        self._check([prompt], uniforms[None], sampling)
+        check_requests([prompt], uniforms[None], sampling, self.model.config.n_positions)
         model, device = self._current(), self.model.wte.weight.device
+        stops, said = Stops(sampling, self.eos_id, self.text), list[int]()
+        banned_ids = torch.from_numpy(stops.ids).to(device)
         cache = self._new_cache(1, len(prompt) + sampling.max_new_tokens)
         tokens = torch.tensor([prompt], dtype=torch.int64, device=device)
         if len(prompt) > 1:
@@ -110,27 +97,12 @@ class Engine:
         for t in range(sampling.max_new_tokens):
             logits = model.logits(model(last[:, None], cache=cache)[:, 0])  # (1, V)
             young = torch.tensor([t + 1 < sampling.min_new_tokens], device=device)
-            last, _ = sample(logits, draws[t : t + 1], sampling, banned=self._ban(logits, young, sampling))
-            token = int(last)
-            yield token
-            if token == self.eos_id:
+            banned = _ban(logits, young, banned_ids, sampling)
+            last = sample(logits, draws[t : t + 1], sampling, banned=banned).tokens
+            said.append(int(last))
+            yield said[-1]
+            if stops.end(said[-1:], 1) or (t + 1 >= sampling.min_new_tokens and stops.completes(said)):
                 return
-
-    def _check(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> None:
-        n_positions = self.model.config.n_positions
-        for row, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {row} is empty: it needs at least one token to continue from")
-            if len(prompt) + sampling.max_new_tokens > n_positions:
-                raise ValueError(
-                    f"prompt {row} has {len(prompt)} tokens and max_new_tokens is {sampling.max_new_tokens}: "
-                    f"together they exceed n_positions {n_positions}; shorten either"
-                )
-        if len(uniforms) != len(prompts) or (len(prompts) and uniforms.shape[1] < sampling.max_new_tokens):
-            raise ValueError(
-                f"uniforms are {uniforms.shape}; {len(prompts)} prompts and max_new_tokens "
-                f"{sampling.max_new_tokens} need ({len(prompts)}, {sampling.max_new_tokens})"
-            )
 
     def _current(self) -> GPT2:
         """The model in the form that runs fastest here, made anew when a weight has changed since."""
@@ -197,42 +169,39 @@ class Engine:
         last = np.array([prompts[first + i][-1] for i in range(len(chosen))])
         slots.start(chosen, np.arange(first, first + len(chosen)), lengths, last)
 
-    def _decode(
-        self,
-        model: GPT2,
-        slots: Slots,
-        steps: int,
-        draws: Tensor,
-        tokens: Tensor,
-        logprobs: Tensor,
-        sampling: Sampling,
-    ) -> None:
+    def _decode(self, model: GPT2, slots: Slots, steps: int, record: Record, sampling: Sampling) -> None:
         """Draw ``steps`` tokens for every busy slot; the device is never waited for."""
         cache, n = slots.view(), slots.active
         busy, last, index, done = slots.busy[:n], slots.last[:n], slots.index[:n], slots.done[:n]
         for _ in range(steps):
             logits = model.logits(model(last[:, None], attention_mask=busy, cache=cache)[:, 0])  # (n, V)
             young = index % slots.budget + 1 < sampling.min_new_tokens
-            drawn, drawn_logprobs = sample(logits, draws[index], sampling, banned=self._ban(logits, young, sampling))
-            tokens[index] = drawn
-            logprobs[index] = drawn_logprobs
-            last.copy_(drawn)
-            done |= drawn == self.eos_id
+            banned = _ban(logits, young, record.stop_ids, sampling)
+            drawn = sample(logits, record.uniforms[index], sampling, banned=banned)
+            record.tokens[index] = drawn.tokens
+            record.logprobs[index] = drawn.logprobs
+            record.log_kept[index] = drawn.log_kept
+            last.copy_(drawn.tokens)
+            done |= (drawn.tokens[:, None] == record.stop_ids).any(1)
             index += busy[:, 0]
 
-    def _ban(self, logits: Tensor, young: Tensor, sampling: Sampling) -> Tensor | None:
-        """(B, V) True on EOS in the rows (B,) that are too young to end; None when no row can be."""
-        if sampling.min_new_tokens <= 1:
-            return None
-        banned = torch.zeros_like(logits, dtype=torch.bool)
-        banned[:, self.eos_id] = young
-        return banned
+    def _stop_at_strings(self, slots: Slots, steps: int, record: Record, stops: Stops, sampling: Sampling) -> None:
+        """Mark the slots whose text has come to hold a stop string within the last ``steps`` tokens."""
+        budget, tokens = slots.budget, record.tokens.view(-1, slots.budget).cpu()
+        for slot in slots.taken:
+            count = budget - int(slots.left[slot]) + steps
+            said = tokens[slots.prompt[slot], :count].tolist()
+            ends = (
+                stops.completes(said[:t]) for t in range(max(count - steps + 1, sampling.min_new_tokens), count + 1)
+            )
+            if any(ends):
+                slots.done[slot] = True
 
-    def _collect(self, tokens: Tensor, logprobs: Tensor) -> list[Completion]:
-        """Completions of tokens and logprobs (N, max_new_tokens), each cut after its first EOS."""
-        is_eos = tokens == self.eos_id
-        ends = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, tokens.shape[1])
-        return [
-            Completion(tokens=row[:end], logprobs=row_logprobs[:end], finished=row[end - 1] == self.eos_id)
-            for row, row_logprobs, end in zip(tokens.tolist(), logprobs.tolist(), ends.tolist(), strict=True)
-        ]
+
+def _ban(logits: Tensor, young: Tensor, stop_ids: Tensor, sampling: Sampling) -> Tensor | None:
+    """(B, V) True on stop tokens in the rows (B,) that are too young to end; None when no row can be."""
+    if sampling.min_new_tokens <= 1:
+        return None
+    banned = torch.zeros_like(logits, dtype=torch.bool)
+    banned[:, stop_ids] = young[:, None]
+    return banned
