@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
+HEADERS = ("vectors.h", "team.h")
 SOURCES = ("forward.cpp", "draw.cpp")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
@@ -67,7 +68,7 @@ def _folder() -> Path:
 def _fingerprint(compiler: str) -> str:
     """Digest of everything that the library depends on."""
     digest = hashlib.sha256(" ".join((*FLAGS, compiler, platform.machine())).encode())
-    for name in ("vectors.h", *SOURCES):
+    for name in (*HEADERS, *SOURCES):
         digest.update((HERE / name).read_bytes())
     digest.update(_output(compiler, "--version"))
     cpu = Path("/proc/cpuinfo")

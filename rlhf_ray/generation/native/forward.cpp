@@ -7,6 +7,7 @@
 //
 // Left out on purpose: gradients, and any header but the standard library's, with which it compiles in two seconds.
 
+#include "team.h"
 #include "vectors.h"
 
 namespace {
@@ -46,10 +47,10 @@ void tile(const S* weight, const S* ahead, int64_t stride, const float* bias, co
 
 // out (M, N) = a (M, K) times a weight packed in panels (N / PANEL, K, PANEL), plus a bias padded to whole panels.
 template <class S, Finish finish>
-void linear(const void* weight, const float* bias, const float* a, int64_t M, int64_t K, int64_t N, float* out) {
-    const int64_t panels = (N + PANEL - 1) / PANEL, strips = (M + STRIP - 1) / STRIP;
-    #pragma omp for schedule(static)
-    for (int64_t task = 0; task < panels * strips; ++task) {
+void linear(Team& team, const void* weight, const float* bias, const float* a, int64_t M, int64_t K, int64_t N,
+            float* out) {
+    const int64_t panels = (N + PANEL - 1) / PANEL, strips = (M + STRIP - 1) / STRIP, tasks = panels * strips;
+    for (int64_t task = team.first(tasks); task < team.last(tasks); ++task) {
         const int64_t panel = task / strips, first = task % strips * STRIP, last = std::min(M, first + STRIP);
         const S* w = static_cast<const S*>(weight) + panel * K * PANEL;
         const float* b = bias ? bias + panel * PANEL : nullptr;
@@ -67,12 +68,12 @@ void linear(const void* weight, const float* bias, const float* a, int64_t M, in
         while (last - m >= 2) multiply(std::integral_constant<int, 2>{});
         while (last - m >= 1) multiply(std::integral_constant<int, 1>{});
     }
+    team.wait();
 }
 
-void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int64_t M, int64_t D,
+void layer_norm(Team& team, const float* x, const float* weight, const float* bias, float epsilon, int64_t M, int64_t D,
                 float* out) {
-    #pragma omp for schedule(static)
-    for (int64_t m = 0; m < M; ++m) {
+    for (int64_t m = team.first(M); m < team.last(M); ++m) {
         v16 total{}, squares{};
         for (int64_t i = 0; i < D; i += LANES) total += load(x + m * D + i);
         const float mean = sum(total) / D;
@@ -81,6 +82,7 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
         for (int64_t i = 0; i < D; i += LANES)
             store(out + m * D + i, (load(x + m * D + i) - mean) * scale * load(weight + i) + load(bias + i));
     }
+    team.wait();
 }
 
 // Store one head's k (d,) and v (d,), ``apart`` floats later, at a column.
@@ -168,22 +170,23 @@ void forward(const Model& model, const Cache& cache, int64_t M, const int64_t* t
     for (int64_t m = 0; m < M; ++m) if (m == 0 || rows[m] != rows[m - 1]) starts.push_back(m);
     const int64_t runs = starts.size();
     starts.push_back(M);
+    Barrier barrier;
     #pragma omp parallel num_threads(threads)
     {
+        Team team(barrier);
         std::vector<float> scores(C);
-        #pragma omp for schedule(static)
-        for (int64_t m = 0; m < M; ++m)
+        for (int64_t m = team.first(M); m < team.last(M); ++m)
             for (int64_t i = 0; i < D; i += LANES)
                 store(x + m * D + i, load(static_cast<const S*>(model.wte) + tokens[m] * D + i) +
                                          load(static_cast<const S*>(model.wpe) + positions[m] * D + i));
+        team.wait();
         for (int64_t l = 0; l < model.n_layer; ++l) {
             const Layer& layer = model.layers[l];
             S* keys = static_cast<S*>(cache.keys) + l * cache.rows * H * C * d;
             S* values = static_cast<S*>(cache.values) + l * cache.rows * H * C * d;
-            layer_norm(x, layer.ln_1_weight, layer.ln_1_bias, epsilon, M, D, hidden);
-            linear<S, ASSIGN>(layer.c_attn_weight, layer.c_attn_bias, hidden, M, D, 3 * D, wide);
-            #pragma omp for schedule(dynamic, 4)
-            for (int64_t task = 0; task < runs * H; ++task) {
+            layer_norm(team, x, layer.ln_1_weight, layer.ln_1_bias, epsilon, M, D, hidden);
+            linear<S, ASSIGN>(team, layer.c_attn_weight, layer.c_attn_bias, hidden, M, D, 3 * D, wide);
+            for (int64_t task = team.rank; task < runs * H; task += team.size) {
                 const int64_t first = starts[task / H], last = starts[task / H + 1], h = task % H;
                 const int64_t base = (rows[first] * H + h) * C * d;
                 const float* qkv = wide + h * d;
@@ -193,12 +196,23 @@ void forward(const Model& model, const Cache& cache, int64_t M, const int64_t* t
                     attend(qkv + m * 3 * D, keys + base, values + base, positions[m] + 1, d, scores.data(),
                            hidden + m * D + h * d);
             }
-            linear<S, ADD>(layer.attn_c_proj_weight, layer.attn_c_proj_bias, hidden, M, D, D, x);
-            layer_norm(x, layer.ln_2_weight, layer.ln_2_bias, epsilon, M, D, hidden);
-            linear<S, GELU>(layer.c_fc_weight, layer.c_fc_bias, hidden, M, D, 4 * D, wide);
-            linear<S, ADD>(layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, wide, M, 4 * D, D, x);
+            team.wait();
+            linear<S, ADD>(team, layer.attn_c_proj_weight, layer.attn_c_proj_bias, hidden, M, D, D, x);
+            layer_norm(team, x, layer.ln_2_weight, layer.ln_2_bias, epsilon, M, D, hidden);
+            linear<S, GELU>(team, layer.c_fc_weight, layer.c_fc_bias, hidden, M, D, 4 * D, wide);
+            linear<S, ADD>(team, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, wide, M, 4 * D, D, x);
         }
-        layer_norm(x, model.ln_f_weight, model.ln_f_bias, epsilon, M, D, hidden);
+        layer_norm(team, x, model.ln_f_weight, model.ln_f_bias, epsilon, M, D, hidden);
+    }
+}
+
+template <class S>
+void logits(const Model& model, const float* hidden, int64_t M, float* out, int threads) {
+    Barrier barrier;
+    #pragma omp parallel num_threads(threads)
+    {
+        Team team(barrier);
+        linear<S, ASSIGN>(team, model.head, nullptr, hidden, M, model.n_embd, model.vocab_size, out);
     }
 }
 
@@ -216,12 +230,10 @@ void forward_bfloat16(const Model* model, const Cache* cache, int64_t M, const i
 
 // Logits (M, V) of hidden states (M, D).
 void logits_float32(const Model* model, const float* hidden, int64_t M, float* out, int threads) {
-    #pragma omp parallel num_threads(threads)
-    linear<float, ASSIGN>(model->head, nullptr, hidden, M, model->n_embd, model->vocab_size, out);
+    logits<float>(*model, hidden, M, out, threads);
 }
 void logits_bfloat16(const Model* model, const float* hidden, int64_t M, float* out, int threads) {
-    #pragma omp parallel num_threads(threads)
-    linear<bf16, ASSIGN>(model->head, nullptr, hidden, M, model->n_embd, model->vocab_size, out);
+    logits<bf16>(*model, hidden, M, out, threads);
 }
 
 }  // extern "C"
