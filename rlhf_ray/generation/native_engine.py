@@ -54,7 +54,7 @@ class NativeEngine:
         native.reserve(1, len(prompt) + sampling.max_new_tokens)
         tokens = np.array(prompt, dtype=np.int64)
         if len(prompt) > 1:
-            native.forward(tokens[:-1], np.zeros(len(prompt) - 1, dtype=np.int64), np.arange(len(prompt) - 1))
+            native.store(tokens[:-1], np.zeros(len(prompt) - 1, dtype=np.int64), np.arange(len(prompt) - 1))
         said = [int(tokens[-1])]
         for t in range(sampling.max_new_tokens):
             at = np.array([len(prompt) - 1 + t])
@@ -137,7 +137,7 @@ class NativeEngine:
         if sum(map(len, tokens)):
             lengths = np.array([len(x) for x in tokens])
             positions = np.concatenate([np.arange(length) for length in lengths])
-            self._native.forward(np.concatenate(tokens), np.repeat(slot[first], lengths), positions)
+            self._native.store(np.concatenate(tokens), np.repeat(slot[first], lengths), positions)
         for source, target, length in copies:
             self._native.copy_row(source, target, length)
 

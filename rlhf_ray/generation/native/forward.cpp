@@ -162,7 +162,7 @@ int64_t panel_width() { return PANEL; }
 
 template <class S>
 void forward(const Model& model, const Cache& cache, int64_t M, const int64_t* tokens, const int64_t* rows,
-             const int64_t* positions, float* work, float* hidden, int threads) {
+             const int64_t* positions, float* work, float* hidden, int only_store, int threads) {
     const int64_t D = model.n_embd, H = model.n_head, d = D / H, C = cache.capacity;
     const float epsilon = static_cast<float>(model.epsilon);
     float *x = work, *wide = x + M * D;
@@ -192,17 +192,19 @@ void forward(const Model& model, const Cache& cache, int64_t M, const int64_t* t
                 const float* qkv = wide + h * d;
                 for (int64_t m = first; m < last; ++m)
                     keep(qkv + m * 3 * D + D, D, positions[m], d, keys + base, values + base);
+                if (only_store && l + 1 == model.n_layer) continue;
                 for (int64_t m = first; m < last; ++m)
                     attend(qkv + m * 3 * D, keys + base, values + base, positions[m] + 1, d, scores.data(),
                            hidden + m * D + h * d);
             }
             team.wait();
+            if (only_store && l + 1 == model.n_layer) break;
             linear<S, ADD>(team, layer.attn_c_proj_weight, layer.attn_c_proj_bias, hidden, M, D, D, x);
             layer_norm(team, x, layer.ln_2_weight, layer.ln_2_bias, epsilon, M, D, hidden);
             linear<S, GELU>(team, layer.c_fc_weight, layer.c_fc_bias, hidden, M, D, 4 * D, wide);
             linear<S, ADD>(team, layer.mlp_c_proj_weight, layer.mlp_c_proj_bias, wide, M, 4 * D, D, x);
         }
-        layer_norm(team, x, model.ln_f_weight, model.ln_f_bias, epsilon, M, D, hidden);
+        if (!only_store) layer_norm(team, x, model.ln_f_weight, model.ln_f_bias, epsilon, M, D, hidden);
     }
 }
 
@@ -218,14 +220,15 @@ void logits(const Model& model, const float* hidden, int64_t M, float* out, int 
 
 extern "C" {
 
-// Hidden states (M, D) after the final norm; work holds 5 M D floats.
+// Hidden states (M, D) after the final norm; work holds 5 M D floats.  To only store keys and values, as a prompt
+// needs, the last layer stops there, and hidden is scratch.
 void forward_float32(const Model* model, const Cache* cache, int64_t M, const int64_t* tokens, const int64_t* rows,
-                     const int64_t* positions, float* work, float* hidden, int threads) {
-    forward<float>(*model, *cache, M, tokens, rows, positions, work, hidden, threads);
+                     const int64_t* positions, float* work, float* hidden, int only_store, int threads) {
+    forward<float>(*model, *cache, M, tokens, rows, positions, work, hidden, only_store, threads);
 }
 void forward_bfloat16(const Model* model, const Cache* cache, int64_t M, const int64_t* tokens, const int64_t* rows,
-                      const int64_t* positions, float* work, float* hidden, int threads) {
-    forward<bf16>(*model, *cache, M, tokens, rows, positions, work, hidden, threads);
+                      const int64_t* positions, float* work, float* hidden, int only_store, int threads) {
+    forward<bf16>(*model, *cache, M, tokens, rows, positions, work, hidden, only_store, threads);
 }
 
 // Logits (M, V) of hidden states (M, D).

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.generation.native.build import build_problem, library
-from rlhf_ray.models.gpt2 import GPT2
+from rlhf_ray.models.gpt2 import GPT2, Block
 from rlhf_ray.models.kv_cache import COLUMN_BLOCK, round_up
 
 LANES = 16
@@ -92,6 +92,7 @@ class NativeModel:
         config = self.model.config
         layers = (_Layer * config.n_layer)()
         for layer, block in zip(layers, self.model.h, strict=True):
+            assert isinstance(block, Block)
             for name in ("ln_1", "ln_2"):
                 norm = getattr(block, name)
                 setattr(layer, f"{name}_weight", self._vector(norm.weight))
@@ -175,6 +176,13 @@ class NativeModel:
 
         A row's tokens are given in order, and every position before them is in the cache.
         """
+        return self._pass(tokens, rows, positions, only_store=False)
+
+    def store(self, tokens: np.ndarray, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Put tokens into the cache as ``forward`` does, and compute no more than that takes."""
+        self._pass(tokens, rows, positions, only_store=True)
+
+    def _pass(self, tokens: np.ndarray, rows: np.ndarray, positions: np.ndarray, *, only_store: bool) -> np.ndarray:
         M, D = len(tokens), self.model.config.n_embd
         hidden = np.empty((M, D), dtype=np.float32)
         at_once = min(M, PASS_TOKENS)
@@ -189,6 +197,7 @@ class NativeModel:
                 *(_address(x[part]) for x in (tokens, rows, positions)),
                 ctypes.c_void_p(self._work.data_ptr()),
                 _address(hidden[part]),
+                int(only_store),
                 torch.get_num_threads(),
             )
         return hidden
