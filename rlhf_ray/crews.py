@@ -10,10 +10,12 @@ import torch
 
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.generation.sampling import Sampling
+from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.ppo_inputs import Inputs, row_length
 from rlhf_ray.rewards import RewardContext
 from rlhf_ray.runtime.cluster import connect
 from rlhf_ray.runtime.crew import RayCrew, wait_until_built
+from rlhf_ray.startup import StartUp
 from rlhf_ray.workers.groups import Crew, LocalCrew
 from rlhf_ray.workers.learner import LearnerWorker
 from rlhf_ray.workers.policy_critic import build_policy_critic
@@ -39,7 +41,11 @@ def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "folder": inputs.policy,
         "prompts": inputs.prompts,
-        "sampling": Sampling(temperature=generation.temperature, max_new_tokens=generation.response_length),
+        "sampling": Sampling(
+            temperature=generation.temperature,
+            max_new_tokens=generation.response_length,
+            stop=tuple(generation.stop),
+        ),
         "seed": config.seed,
         "eos_id": inputs.tokenizer.eos_id,
         "pad_id": inputs.tokenizer.pad_id,
@@ -47,6 +53,9 @@ def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "device": inputs.device,
         "dtype": DTYPES[generation.dtype],
         "threads": config.rollout_threads,
+        "share": max(1, (os.cpu_count() or 1) // max(1, config.num_rollout_workers)),
+        "engine": generation.engine,
+        "tokenizer": inputs.tokenizer if generation.stop else None,
     }
 
 
@@ -55,8 +64,9 @@ def _reward_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         tokenizer=inputs.tokenizer,
         prompts=inputs.prompts,
         device=inputs.device,
-        dtype=DTYPES[config.ppo.dtype],
+        dtype=compute_type(DTYPES[config.ppo.dtype], inputs.device),
         micro_batch_size=config.ppo.micro_batch_size,
+        micro_batch_tokens=config.ppo.micro_batch_tokens,
         max_length=row_length(config),
     )
     return {"sources": config.reward_sources, "context": context, "threads": config.scoring_threads}
@@ -67,8 +77,9 @@ def _reference_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "folder": inputs.policy,
         "temperature": config.generation.temperature,
         "micro_batch_size": config.ppo.micro_batch_size,
+        "micro_batch_tokens": config.ppo.micro_batch_tokens,
         "device": inputs.device,
-        "dtype": DTYPES[config.ppo.dtype],
+        "dtype": compute_type(DTYPES[config.ppo.dtype], inputs.device),
         "threads": config.scoring_threads,
     }
 
@@ -81,7 +92,8 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         inputs.critic_init,
         temperature=config.generation.temperature,
         device=inputs.device,
-        dtype=DTYPES[config.ppo.dtype],
+        dtype=compute_type(DTYPES[config.ppo.dtype], inputs.device),
+        compiled=config.ppo.compile,
         special={name: getattr(inputs.tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")},
     )
     return {
@@ -95,11 +107,13 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def crews(config: PPOConfig, inputs: Inputs) -> dict[type[Any], Crew]:
+def crews(config: PPOConfig, inputs: Inputs, startup: StartUp) -> dict[type[Any], Crew]:
     """One crew a worker class: in this process without rollout workers, else Ray actors, all starting at once."""
     arguments = worker_arguments(config, inputs)
     if config.num_rollout_workers == 0:
-        return {worker: LocalCrew(worker(**arguments[worker])) for worker in arguments}
+        local = {worker: LocalCrew(worker(**arguments[worker])) for worker in arguments}
+        startup.done("workers")
+        return dict(local)
     shares = {  # worker: (role, how many, CPUs, GPUs of each)
         RolloutWorker: ("rollout", config.num_rollout_workers, config.rollout_cpus, config.rollout_gpus),
         RewardWorker: ("reward", config.num_reward_workers, config.service_cpus, config.reward_gpus),
@@ -118,6 +132,7 @@ def crews(config: PPOConfig, inputs: Inputs) -> dict[type[Any], Crew]:
             "GPU": sum(size * gpus for _, size, _, gpus in shares.values()) if on_gpu else 0.0,
         }
     )
+    startup.done("ray")
     built = {
         worker: RayCrew(
             worker,
@@ -127,8 +142,10 @@ def crews(config: PPOConfig, inputs: Inputs) -> dict[type[Any], Crew]:
             cpus=cpus,
             gpus=gpus if on_gpu else 0.0,
             timeout=config.timeout,
+            aside=worker is LearnerWorker,  # which writes checkpoints beside its work
         )
         for worker, (role, size, cpus, gpus) in shares.items()
     }
     wait_until_built(list(built.values()))
+    startup.done("workers")
     return dict(built)

@@ -1,13 +1,20 @@
 """A reinforcement-learning run: batches of prompts in, metrics, samples and checkpoints out.
 
 It goes on exactly where a checkpoint left off: prompts and random streams are functions of the step, the learner's
-and the tracked states are in the checkpoint, and what was written after it is taken back.
+and the tracked states are in the checkpoint, with the batches that were sampled ahead of it, and what was written after
+it is taken back.
+
+Everything is written behind the steps, by the run's writer: the learner keeps a snapshot of itself, and at most one
+checkpoint is under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -18,10 +25,11 @@ from rlhf_ray.console import Progress
 from rlhf_ray.data.prompt_set import PromptSet
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.ops.kl import kl_terms
-from rlhf_ray.roles import Generator, Roles, S, Stateful
+from rlhf_ray.roles import Generator, J, Roles, S, Stateful
 from rlhf_ray.run import Run
+from rlhf_ray.startup import StartUp
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
-from rlhf_ray.types import Experience, Judged, Rollout, Shards
+from rlhf_ray.types import Done, Experience, Handle, Judged, Rollout, Shards
 
 SHOWN = {
     "score": "objective/scores",
@@ -36,7 +44,9 @@ SHOWN = {
 class SavesItself(Protocol):
     """A learner that can write and read its part of a checkpoint."""
 
-    def save(self, folder: Path) -> None: ...
+    def snapshot(self) -> Handle[None]: ...
+
+    def write(self, folder: Path) -> None: ...  # the newest snapshot
 
     def load(self, folder: Path) -> None: ...
 
@@ -52,20 +62,25 @@ class RLRun:
         learner: SavesItself,
         tokenizer: Tokenizer,
         prompts: PromptSet,
+        startup: StartUp | None = None,
     ) -> None:
         """Take the newest complete checkpoint in the run's folder up, if there is one."""
+        self.startup = startup or StartUp()
         self.run, self.config, self.roles = run, config, roles
         self.learner, self.tokenizer, self.prompts = learner, tokenizer, prompts
         self.stream = PromptStream(len(prompts), config.batch_size, group_size=config.group_size, seed=config.seed)
         self.store = CheckpointStore(run.folder, keep=config.keep, report=run.say)
         self.first_step = 0
         self._stopping = False
+        self._saving: Future[None] | None = None
+        self._ahead: deque[Shards[Rollout]] = deque()
         self._tracked: dict[str, Stateful] = {}
         self._saved: dict[str, Any] = {}
         checkpoint = self.store.newest_complete() if config.resume else None
         if checkpoint:
             state = load_tree(checkpoint / "run")
             self.first_step, self._saved = state["step"], state["tracked"]
+            self._ahead = _fresh(load_tree(checkpoint / "ahead"), self.first_step, config.max_staleness)
             learner.load(checkpoint)
             run.say(f"going on from {checkpoint}")
         run.resume_at(self.first_step)
@@ -81,15 +96,27 @@ class RLRun:
         """Add the seconds inside to ``time/<phase>``."""
         return self.run.time(phase)
 
-    def rollouts(self, generator: Generator) -> Iterator[tuple[int, Shards[Rollout]]]:
-        """Steps and their rollouts, sampled with the weights of that very step, until done or asked to stop."""
-        with Progress("ppo", self.config.total_steps, start=self.first_step) as self._progress:
-            for step in range(self.first_step, self.config.total_steps):
+    def rollouts(
+        self, generator: Generator, judge: Callable[[Shards[Rollout]], J]
+    ) -> Iterator[tuple[int, Shards[Rollout], J]]:
+        """Steps, their rollouts and what ``judge`` makes of those, until done or asked to stop.
+
+        Before a step is yielded, the batch ``max_staleness`` steps on is asked for, with the weights of this step.
+        """
+        total = self.config.total_steps
+        opinions = deque(judge(shards) for shards in self._ahead)
+        with Progress("ppo", total, start=self.first_step) as self._progress:
+            for step in range(self.first_step, total):
                 self._started = perf_counter()
-                with self.run.time("generate"):
-                    shards = generator.generate(self.stream.take(step), step)
-                yield step, shards
-                if self._stopping and step + 1 < self.config.total_steps:
+                while len(self._ahead) <= min(self.config.max_staleness, total - 1 - step):
+                    with self.run.time("generate"):
+                        batch = self.stream.take(step + len(self._ahead))
+                        self._ahead.append(generator.generate(batch, step))
+                    with self.run.time("judge"):
+                        opinions.append(judge(self._ahead[-1]))
+                yield step, self._ahead.popleft(), opinions.popleft()
+                if self._stopping and step + 1 < total:
+                    self.run.sync()
                     self.run.say(f"stopped after step {step + 1}; the same command goes on from here")
                     return
 
@@ -100,10 +127,15 @@ class RLRun:
         metrics = {
             **metrics,
             "staleness/mean": float(staleness.mean()),
+            "staleness/max": float(staleness.max()),
             "episode": float(done * len(judged.rollout)),
             **self._throughput(),
             "time/step": perf_counter() - self._started,
         }
+        if step == self.first_step:
+            self.startup.done("first_step")
+            metrics |= self.startup.metrics()
+            self.run.say(str(self.startup))
         if self.config.sample_rows and (done % self.config.samples_every == 0 or done == 1):
             self.run.samples(done, self._sample_rows(judged, experience))
         self.run.log(done, metrics)
@@ -125,32 +157,57 @@ class RLRun:
             **{f"perf/busy_seconds/{role}": used.seconds for role, used in usage.items()},
         }
 
-    def _sample_rows(self, judged: Judged, experience: Experience) -> list[dict[str, Any]]:
+    def _sample_rows(self, judged: Judged, experience: Experience) -> Iterator[dict[str, Any]]:
         rollout = judged.rollout
         mask = rollout.response_mask
         kl = kl_terms(experience.old_logprobs, judged.ref_logprobs, mask).sum(1)
         advantages = experience.advantages.sum(1) / mask.sum(1)
-        return [
-            {
-                "prompt": self.tokenizer.decode(
-                    rollout.tokens[b][rollout.attention_mask[b] & ~mask[b]].tolist(), skip_special=False
-                ),
-                "response": self.tokenizer.decode(rollout.tokens[b][mask[b]].tolist(), skip_special=False),
+        for b in range(min(self.config.sample_rows, len(rollout))):
+            prompt = rollout.tokens[b][rollout.attention_mask[b] & ~mask[b]]
+            response = rollout.tokens[b][mask[b]]
+            yield {
+                "prompt": self.tokenizer.decode(prompt.tolist(), skip_special=False),
+                "response": self.tokenizer.decode(response.tolist(), skip_special=False),
                 "score": float(judged.scores[b]),
                 "kl": float(kl[b]),
                 "advantage": float(advantages[b]),
                 "policy_version": int(rollout.policy_version[b]),
             }
-            for b in range(min(self.config.sample_rows, len(rollout)))
-        ]
 
     def _save(self, step: int) -> None:
-        def fill(folder: Path) -> None:
-            self.learner.save(folder)
-            write_hf_tokenizer(folder, self.tokenizer, self.config.template)
-            tracked = {name: state.state_dict() for name, state in self._tracked.items()}
-            save_tree(folder / "run", {"step": step, "tracked": tracked})
-
         with self.run.time("save"):
-            self.run.sync()
-            self.store.write(step, fill)
+            if self._saving:
+                self._saving.result()  # the learner keeps one snapshot
+            snapshot = self.learner.snapshot()
+            tracked = {name: state.state_dict() for name, state in self._tracked.items()}
+            self._saving = self.run.later(self._write, step, tracked, tuple(self._ahead), snapshot)
+
+    def _write(
+        self, step: int, tracked: dict[str, Any], ahead: Sequence[Shards[Rollout]], snapshot: Handle[None]
+    ) -> None:
+        """Write a checkpoint, when the batches that are being sampled ahead of it are there."""
+        snapshot.result()
+        batches = [[_tree(handle.result()) for handle in shards.handles] for shards in ahead]
+
+        def fill(folder: Path) -> None:
+            self.learner.write(folder)
+            write_hf_tokenizer(folder, self.tokenizer, self.config.template)
+            save_tree(folder / "run", {"step": step, "tracked": tracked})
+            save_tree(folder / "ahead", batches)
+
+        self.store.write(step, fill)
+
+
+def _tree(rollout: Rollout) -> dict[str, Any]:
+    return {field.name: getattr(rollout, field.name) for field in fields(rollout)}
+
+
+def _fresh(batches: list[list[dict[str, Any]]], step: int, limit: int) -> deque[Shards[Rollout]]:
+    """Saved batches of ``step`` and the steps after it, up to one that would be staler than the limit of this run."""
+    fresh: deque[Shards[Rollout]] = deque()
+    for batch in batches:
+        rows = [Rollout(**shard) for shard in batch]
+        if step + len(fresh) - int(rows[0].policy_version[0]) > limit:
+            break
+        fresh.append(Shards(tuple(map(Done, rows))))
+    return fresh

@@ -6,7 +6,7 @@ Workers in this process and groups of Ray actors both fit these protocols, so an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -30,11 +30,11 @@ from rlhf_ray.types import (
 class Worked(Protocol):
     """Every role can say how much it has done."""
 
-    def usage(self) -> Usage: ...  # since the last call, over all workers
+    def usage(self) -> Usage: ...  # of all workers, for calls that ended since it was last asked; waits for nobody
 
 
 class Generator(Worked, Protocol):
-    """Answers prompts with the newest policy that it was given."""
+    """Answers prompts with the newest policy that it was given before it was asked."""
 
     def generate(self, batch: PromptBatch, policy_version: int) -> Shards[Rollout]: ...
 
@@ -82,6 +82,7 @@ class Stateful(Protocol):
 
 
 S = TypeVar("S", bound=Stateful)
+J = TypeVar("J")
 
 
 class Run(Protocol):
@@ -92,7 +93,9 @@ class Run(Protocol):
 
     def track(self, name: str, state: S) -> S: ...  # restored from the run's checkpoint now, saved with the next
 
-    def rollouts(self, generator: Generator) -> Iterator[tuple[int, Shards[Rollout]]]: ...
+    def rollouts(
+        self, generator: Generator, judge: Callable[[Shards[Rollout]], J]
+    ) -> Iterator[tuple[int, Shards[Rollout], J]]: ...  # judged the moment they are asked for, which may be steps ahead
 
     def time(self, phase: str) -> AbstractContextManager[None]: ...
 

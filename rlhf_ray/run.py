@@ -4,6 +4,9 @@ resumed.
 ``config.yaml``, ``metrics.jsonl`` (the truth), ``tensorboard/``, ``samples/step_000100.parquet``, ``log.txt``
 and, written by `CheckpointStore` on the same folder, ``step_000100/`` and ``latest``.
 
+Metrics, samples and whatever is given to `Run.later` are written by one thread, in order, while the run goes on; what
+that thread raises is raised by the next call that gives it something, by `Run.sync` or at the end.
+
 Left out on purpose: what a step is and what a checkpoint holds, which the training loops know.
 """
 
@@ -11,7 +14,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +32,7 @@ from rlhf_ray.rundir.files import replace_text
 from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.rundir.metrics import FILE_NAME, metrics_line, read_metrics, trim_metrics
 from rlhf_ray.rundir.signals import StopSignals
+from rlhf_ray.rundir.writer import Writer
 
 __all__ = ["Run", "read_metrics"]
 
@@ -40,7 +45,8 @@ class Run:
         self._lock = lock
         self._metrics = (folder / FILE_NAME).open("a", encoding="utf-8")
         self._log = (folder / "log.txt").open("a", encoding="utf-8")
-        self._writer: Any = None
+        self._writer = Writer()
+        self._tensorboard: Any = None
         self._purge_step: int | None = None
         self._seconds: dict[str, float] = {}
         self._signals: StopSignals | None = None
@@ -75,7 +81,7 @@ class Run:
         Call it before the first `log`; step 0 (with steps counted from 1) when there is no checkpoint to
         resume from.
         """
-        assert self._writer is None, "resume_at comes before the first log"
+        assert self._tensorboard is None, "resume_at comes before the first log"
         self._metrics.close()
         trim_metrics(self.folder, step)
         self._metrics = (self.folder / FILE_NAME).open("a", encoding="utf-8")
@@ -90,30 +96,49 @@ class Run:
         """
         row = {**metrics, **self._seconds}
         self._seconds = {}
-        self._metrics.write(metrics_line(step, row))
-        self._metrics.flush()
-        writer = self._tensorboard()
-        for name, value in row.items():
-            writer.add_scalar(name, float(value), step)
-        writer.flush()
+        self._writer.submit(self._write_metrics, step, row)
 
-    def sync(self) -> None:
-        """Make what was logged survive a power cut; for just before a checkpoint that relies on it."""
-        os.fsync(self._metrics.fileno())
-
-    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write samples/step_000100.parquet: column step, then every key of any row, None where a row lacks
         it.
+
+        The rows are read by the thread that writes them, so making them can be left to it.
         """
-        assert rows, "no samples to write"
-        names = ["step", *dict.fromkeys(name for row in rows for name in row if name != "step")]
-        columns = {name: [step if name == "step" else row.get(name) for row in rows] for name in names}
-        path = self.folder / "samples" / f"step_{step:06d}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-        temporary.replace(path)
-        return path
+        self._writer.submit(write_samples, self.folder / "samples" / f"step_{step:06d}.parquet", step, rows)
+
+    def later(self, job: Callable[..., object], *arguments: Any) -> Future[None]:
+        """Carry a job out once everything logged so far would survive a power cut, as a checkpoint relies on it."""
+        self._writer.submit(self._make_durable)
+        return self._writer.submit(job, *arguments)
+
+    def sync(self) -> None:
+        """Wait until everything so far is written and would survive a power cut; raises what writing it raised."""
+        self._writer.submit(self._make_durable)
+        self._writer.wait()
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Have everything written at the end, however it comes; an error inside goes before one of the writing."""
+        try:
+            yield
+        except BaseException:
+            self._writer.wait(quietly=True)
+            raise
+        self.sync()
+
+    def _write_metrics(self, step: int, row: Mapping[str, float]) -> None:
+        self._metrics.write(metrics_line(step, row))
+        self._metrics.flush()
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run logs
+
+            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
+        for name, value in row.items():
+            self._tensorboard.add_scalar(name, float(value), step)
+        self._tensorboard.flush()
+
+    def _make_durable(self) -> None:
+        os.fsync(self._metrics.fileno())
 
     def say(self, text: str) -> None:
         """Print a line and add it to log.txt with the time."""
@@ -140,15 +165,21 @@ class Run:
         """Whether the run was asked to finish its step, save and stop."""
         return self._signals is not None and self._signals.should_stop
 
-    def close(self) -> None:
-        """Flush and close everything and give the folder free; a second call does nothing."""
-        if self._signals:
-            self._signals.restore()
-        if self._writer:
-            self._writer.close()
-        self._metrics.close()
-        self._log.close()
-        self._lock.release()
+    def close(self, *, quietly: bool = False) -> None:
+        """Write and close everything and give the folder free; a second call does nothing.
+
+        Raises what the writing raised, unless ``quietly``.
+        """
+        try:
+            self._writer.close(quietly=quietly)
+        finally:
+            if self._signals:
+                self._signals.restore()
+            if self._tensorboard:
+                self._tensorboard.close()
+            self._metrics.close()
+            self._log.close()
+            self._lock.release()
 
     def __enter__(self) -> Run:
         return self
@@ -156,14 +187,19 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(quietly=error is not None)
 
-    def _tensorboard(self) -> Any:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run logs
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
-        return self._writer
+def write_samples(path: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows and their step as a Parquet file; a row lacks nothing but has None."""
+    rows = list(rows)
+    assert rows, "no samples to write"
+    names = ["step", *dict.fromkeys(name for row in rows for name in row if name != "step")]
+    columns = {name: [step if name == "step" else row.get(name) for row in rows] for name in names}
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+    temporary.replace(path)
 
 
 def _settle_config(folder: Path, config: dict[str, Any], resume: bool, allow_change: bool) -> list[str]:

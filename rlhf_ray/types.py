@@ -136,10 +136,12 @@ class Experience:
     """(B, T) float32; None for critic-free algorithms."""
     returns: Tensor | None
     """(B, T) float32; None for critic-free algorithms."""
+    importance_weights: Tensor | None = None
+    """(B, T) float32: how much likelier the policy is than the one that sampled, truncated; None counts as one."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.rollout.tokens.shape)
-        for name in ("old_logprobs", "advantages", "values", "returns"):
+        for name in ("old_logprobs", "advantages", "values", "returns", "importance_weights"):
             tensor = getattr(self, name)
             if tensor is not None:
                 _check(name, tensor, shape, torch.float32)

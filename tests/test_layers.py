@@ -10,7 +10,7 @@ import pytest
 
 # Each part may import those above it in this list and itself; parts of one line do not import each other.
 LAYERS = [
-    "config console types",  # what a user may set, what a person sees, what flows
+    "config console startup types",  # what a user may set, what a person sees, what flows
     "functions ops roles rundir storage",  # maths on tensors; protocols; a run's files, one by one
     "checkpoint run tokenizer",
     "models",

@@ -5,12 +5,16 @@
                                       +-> learner ---> old_logprobs -+                                        |
                                                        values        |                  generator <-----------+
 
-A shard of rollouts is judged as soon as it is generated, while other shards are still under way.
+A shard of rollouts is judged as soon as it is generated, while other shards are still under way.  With
+``max_staleness`` = k > 0 the batches of the next k steps are generated and judged while this one is learned from; their
+rows come from a policy k updates old, for which truncated importance weights make up (Yao et al. 2025).
 
 Left out on purpose: who computes and where (roles), and what is written down (the run).
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,10 +22,10 @@ from torch import Tensor
 from rlhf_ray.config import KL, PPO, PPOConfig
 from rlhf_ray.ops.advantages import MISSING_EOS, clip_scores, gae, kl_shaped_rewards
 from rlhf_ray.ops.kl import AdaptiveKL, FixedKL, KLController, k3, sequence_kl
-from rlhf_ray.ops.losses import explained_variance
+from rlhf_ray.ops.losses import explained_variance, log_importance
 from rlhf_ray.ops.masked import masked_mean, masked_var, whiten
 from rlhf_ray.roles import Roles, Run, gather
-from rlhf_ray.types import Experience, Judged
+from rlhf_ray.types import Experience, Judged, Rollout, Shards
 
 FIRST_KL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats per sequence between two copies of one policy: rounding alone."""
@@ -42,13 +46,16 @@ def train(config: PPOConfig, roles: Roles, run: Run) -> None:
 
     Raises ValueError when the first rollouts show that policy, reference and generator are not the same model.
     """
+
+    def judge(rollouts: Shards[Rollout]) -> tuple[Shards[Tensor], Shards[Tensor]]:
+        return roles.reward.score(rollouts), roles.reference.logprobs(rollouts)
+
     controller = run.track("kl", kl_controller(config.kl))
     roles.generator.update_weights(roles.learner.weights(run.first_step))
-    for step, rollouts in run.rollouts(roles.generator):  # 1. act
-        with run.time("judge"):  # 2. judge: three calls, all in flight while shards are still being generated
-            scores = roles.reward.score(rollouts)
-            ref_logprobs = roles.reference.logprobs(rollouts)
-            evaluation = roles.learner.evaluate(rollouts)
+    # 1. act; 2. judge: three calls, all in flight while shards are still being generated
+    for step, rollouts, (scores, ref_logprobs) in run.rollouts(roles.generator, judge):
+        with run.time("judge"):
+            evaluation = roles.learner.evaluate(rollouts)  # by the policy that learns, whoever sampled
         with run.time("generate"):
             rollout = gather(rollouts)
         with run.time("judge"):
@@ -63,6 +70,10 @@ def train(config: PPOConfig, roles: Roles, run: Run) -> None:
             coarser = min(config.ppo.dtype, config.generation.dtype)  # bfloat16 when either is
             check_first_mismatch(judged, coarser)
         experience, credited = credit(config.ppo, judged, controller.coef)  # 3. credit
+        check_staleness(rollout, step, config.max_staleness)
+        if config.max_staleness:
+            experience, corrected = correct(experience, config.ppo.importance_cap)
+            credited |= corrected
         with run.time("learn"):  # 4. learn
             learned = roles.learner.update(experience).result()
         with run.time("publish"):  # 5. publish
@@ -92,6 +103,12 @@ def check_first_mismatch(judged: Judged, dtype: str) -> None:
             f"at step 0 generator and learner differ by {mismatch:.3g} nats a token, which must be 0: they do not hold "
             "the same weights or divide by another temperature; refusing to train"
         )
+
+
+def check_staleness(rollout: Rollout, step: int, limit: int) -> None:
+    """AssertionError when a row was sampled more than ``limit`` updates ago, or by a policy that is yet to come."""
+    staleness = step - rollout.policy_version
+    assert int(staleness.min()) >= 0 and int(staleness.max()) <= limit, f"staleness {staleness.tolist()}, limit {limit}"
 
 
 def shape_scores(config: PPO, scores: Tensor, finished: Tensor) -> Tensor:
@@ -142,4 +159,18 @@ def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dic
         "mismatch/mean": masked_mean(mismatch, mask),
         "mismatch/max": torch.where(mask, mismatch, 0.0).max(),
     }
+    return experience, {name: float(value) for name, value in metrics.items()}
+
+
+def correct(experience: Experience, cap: float) -> tuple[Experience, dict[str, float]]:
+    """Give stale rows the weights exp(logpi_old - logmu), truncated at ``cap`` (0: none at all); and their metrics."""
+    mask = experience.rollout.response_mask
+    ratios = log_importance(experience.old_logprobs, experience.rollout.rollout_logprobs, mask).exp()  # (B, T)
+    weights = ratios.clamp(max=cap) if cap else torch.ones_like(ratios)
+    metrics = {
+        "importance/weight_mean": masked_mean(weights, mask),
+        "importance/ratio_max": torch.where(mask, ratios, 0.0).max(),
+        "importance/truncated": masked_mean((ratios > weights).float(), mask),
+    }
+    experience = replace(experience, importance_weights=weights if cap else None)
     return experience, {name: float(value) for name, value in metrics.items()}

@@ -25,6 +25,11 @@ class Generation(Section):
     shard_size: int = Field(32, ge=1)
     """Rows that one worker generates in one call, and that are scored together."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the generator's weights and cache; on a CPU without bfloat16 instructions it halves memory traffic."""
+    engine: Literal["auto", "native", "torch"] = "auto"
+    """native: a small pass compiled at first use, CPU alone; torch: plain torch; auto: native where it can run."""
+    stop: list[str] = []
+    """Strings that end a response by the token that completes one."""
 
 
 class KL(Section):
@@ -61,6 +66,8 @@ class PPO(Section):
     """Rows of one optimiser step."""
     micro_batch_size: int = Field(16, ge=1)
     """Rows of one forward pass."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """Instead, tokens of one forward pass, prompt and response; 0 lets rows decide."""
     lr: float = Field(1e-5, gt=0)
     value_lr: float = Field(0.0, ge=0)
     """Learning rate of a separate critic; 0 takes the policy's."""
@@ -90,12 +97,17 @@ class PPO(Section):
     """Whether that penalty replaces the score or is taken off it."""
     score_clip: float = Field(0.0, ge=0)
     """Scores are clipped to plus and minus this; 0 turns it off."""
+    importance_cap: float = Field(2.0, ge=0)
+    """With max_staleness > 0 a token's loss is multiplied by how much likelier the policy has become since it was
+    sampled, at most this; 0 turns it off."""
     target_update_kl: float = Field(0.0, ge=0)
     """Leave the epochs when the update's own KL exceeds this; 0 turns it off."""
     critic: Literal["separate", "shared"] = "separate"
     """A network of its own, started from the reward model, or a value head on the policy's trunk."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute type of the learner; weights and optimiser stay float32."""
+    compile: bool = False
+    """Compile the blocks of policy and critic: slow to begin, then somewhat faster."""
 
 
 class PPOConfig(RunFields):
@@ -126,8 +138,9 @@ class PPOConfig(RunFields):
     reward_gpus: float = Field(0.1, ge=0)
     reference_gpus: float = Field(0.1, ge=0)
     learner_gpus: float = Field(0.4, ge=0)
-    rollout_threads: int = Field(1, ge=1)
-    """Torch threads of one rollout worker."""
+    rollout_threads: int = Field(0, ge=0)
+    """Threads of one rollout worker; 0 shares the cores out among them, or takes 1 where plain torch generates, whose
+    sums depend on it."""
     scoring_threads: int = Field(1, ge=1)
     """Torch threads of one reward or reference worker."""
     learner_threads: int = Field(0, ge=0)
@@ -140,8 +153,8 @@ class PPOConfig(RunFields):
     group_size: int = Field(1, ge=1)
     """Responses of one prompt in one step."""
     total_steps: int = Field(100, ge=1)
-    max_staleness: int = Field(0, ge=0, le=0)
-    """Batches that generation may be ahead of learning."""
+    max_staleness: int = Field(0, ge=0, le=4)
+    """Batches that generation is ahead of learning; 0 takes turns."""
     save_every: int = Field(25, ge=1)
     """Steps between two checkpoints."""
     keep: int = Field(2, ge=1)

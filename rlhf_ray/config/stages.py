@@ -42,11 +42,15 @@ class Optimiser(Section):
 class TrainConfig(RunFields):
     """What the Ray Train stages share."""
 
+    cache: Path | None = Path("data/cache")
+    """Folder that keeps tokenised rows for the next start; null tokenises every time."""
     num_workers: int = Field(0, ge=0)
     """Ray Train workers; 0 trains in this process."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: DType = "float32"
     """Compute type; weights and optimiser stay float32."""
+    compile: bool = False
+    """Compile the model's blocks: slow to begin, then somewhat faster."""
     threads: int = Field(0, ge=0)
     """Torch threads of each worker; 0 divides the machine's cores among them."""
     epochs: float = Field(1.0, gt=0)

@@ -1,8 +1,9 @@
 """GPT-2 (Radford et al. 2019): pre-norm blocks, tanh GELU, learned positions, tied embedding.
 
-Every forward pass, padded, packed or cached, goes through one call of ``scaled_dot_product_attention``.
-Parameters carry GPT-2's own names; projections are ``nn.Linear``, so a Hugging Face folder stores them
-transposed.
+``states`` is the forward pass: hidden states of real tokens alone, as (N, D), where a ``Layout`` asks for them.
+Generation passes (B, T, D) through the same blocks with a cache.  Either way attention is one kind of call,
+``scaled_dot_product_attention``, which the layout or the cache makes on what the blocks hand it.  Parameters carry
+GPT-2's own names; projections are ``nn.Linear``, so a Hugging Face folder stores them transposed.
 
 Left out on purpose: cross attention, attention scaled by layer, and a language-model head of its own (the
 embedding is the head).
@@ -11,6 +12,7 @@ embedding is the head).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,9 +22,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.models.kv_cache import CacheStep, KVCache
+from rlhf_ray.models.layout import Layout, take
 from rlhf_ray.ops.logprobs import head_logits
 
 INIT_STD = 0.02
+
+Attend = Callable[[int, Tensor, float], Tensor]
+"""(layer, queries, keys and values (..., 3, H, d), dropout) -> (..., H, d)."""
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 256},
@@ -80,17 +86,14 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, mask: Tensor | None, step: CacheStep | None, layer: int) -> Tensor:
-        """Attend x (B, T, D) to itself, or to the cached columns; no mask means plain causality."""
-        B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)  # (B, T, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, D/H) each
-        if step is not None:
-            k, v = step.store(layer, k, v)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0
-        )
-        return F.dropout(self.c_proj(out.transpose(1, 2).reshape(B, T, D)), self.dropout, self.training)
+    def forward(self, x: Tensor, attend: Attend, layer: int) -> Tensor:
+        """x (..., D) -> what its tokens saw (..., D), yet to be projected."""
+        qkv = self.c_attn(x).view(*x.shape[:-1], 3, self.n_head, -1)
+        return attend(layer, qkv, self.dropout if self.training else 0.0).flatten(-2)
+
+    def project(self, seen: Tensor) -> Tensor:
+        """(..., D) -> what is added to the residual stream (..., D)."""
+        return F.dropout(self.c_proj(seen), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -104,7 +107,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """(..., D) -> (..., D)."""
         return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.dropout, self.training)
 
 
@@ -118,9 +121,12 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, step: CacheStep | None, layer: int) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        x = x + self.attn(self.ln_1(x), mask, step, layer)
+    def forward(self, x: Tensor, attend: Attend, layer: int, read: Tensor | None = None) -> Tensor:
+        """x (..., D) -> (..., D), or the rows ``read`` (n,) of it alone, (n, D)."""
+        seen = self.attn(self.ln_1(x), attend, layer)
+        if read is not None:
+            x, seen = take(x, read), take(seen, read)
+        x = x + self.attn.project(seen)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -151,54 +157,75 @@ class GPT2(nn.Module):
         document_ids: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) of tokens (B, T); finite but meaningless where the mask leaves one out.
+        """Hidden states (B, T, D) of tokens (B, T), where somebody wants all of them; 0 on padding.
 
         ``attention_mask`` (B, T), nonzero on real tokens, may be padded on either side; right-padded rows
         need none, because a token never sees what comes after it.  ``document_ids`` (B, T) marks packed
-        documents, contiguous runs of one id: attention stays inside a run and positions start again.  With a
-        ``cache`` the tokens continue its rows, which grow by their real tokens.
+        documents, contiguous runs of one id: attention stays inside a run and positions start again; 0 is
+        padding.  With a ``cache`` the tokens continue its rows, which grow by their real tokens; padding then
+        holds something finite.
 
         Raises ValueError when a row is longer than ``n_positions`` or than the cache.
         """
-        assert cache is None or document_ids is None, "packed documents are not generated from"
+        if cache is None:
+            documents = _documents(tokens, attention_mask, document_ids)
+            layout = Layout.of(documents, device=tokens.device)
+            return layout.batch(self.states(tokens, layout))
+        assert document_ids is None, "packed documents are not generated from"
+        return self._continue(tokens, attention_mask, cache)
+
+    def states(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Hidden states (n, D) of tokens (B, T), wherever the layout asks for them.
+
+        After the last attention only those places are computed.  ValueError when a document is longer than
+        ``n_positions``.
+        """
+        x = self._embed(layout.flat(tokens), layout.positions, layout.longest)  # (N, D)
+        last = len(self.h) - 1
+        for layer, block in enumerate(self.h):
+            arguments = (x, layout.attend, layer, layout.read if layer == last else None)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x = block(*arguments)
+        return self.ln_f(x)
+
+    def _continue(self, tokens: Tensor, attention_mask: Tensor | None, cache: KVCache) -> Tensor:
+        """Hidden states (B, T, D) of tokens that go on from a cache."""
         order = None
         if attention_mask is not None and tokens.shape[1] > 1:
-            # Causal attention can't see padding that comes last, so it is moved there from either side.
+            # A cache holds rows from column 0, so padding is moved to the right from either side.
             order = torch.argsort((attention_mask == 0).to(torch.int8), dim=1, stable=True)  # (B, T)
             tokens = tokens.gather(1, order)
-            document_ids = None if document_ids is None else document_ids.gather(1, order)
-        step = None if cache is None else cache.begin(tokens.shape[1])
-        hidden = self._blocks(tokens, document_ids, step)
-        if cache is not None:
-            cache.advance(tokens.shape[1], attention_mask)
+        step = cache.begin(tokens.shape[1])
+        x = self._embed(tokens, step.positions, step.longest)  # (B, T, D)
+        for layer, block in enumerate(self.h):
+            x = block(x, partial(_attend_to_cache, step), layer)
+        x = self.ln_f(x)
+        cache.advance(tokens.shape[1], attention_mask)
         if order is None:
-            return hidden
+            return x
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        return hidden[rows, order.argsort(1)]
+        return x[rows, order.argsort(1)]
 
-    def _blocks(self, tokens: Tensor, document_ids: Tensor | None, step: CacheStep | None) -> Tensor:
-        T, device = tokens.shape[1], tokens.device
-        longest = T if step is None else step.longest
+    def _embed(self, tokens: Tensor, positions: Tensor, longest: int) -> Tensor:
         if longest > self.config.n_positions:
             raise ValueError(f"row length {longest} exceeds n_positions {self.config.n_positions}: shorten the row")
-        mask: Tensor | None = None
-        positions = torch.arange(T, device=device)  # (T,)
-        if step is not None:
-            positions, mask = step.positions, step.mask
-        elif document_ids is not None:
-            positions, mask = _document_layout(document_ids)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, D)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.h):
-            if self.checkpointing and torch.is_grad_enabled() and step is None:
-                x = checkpoint(block, x, mask, step, layer, use_reentrant=False)
-            else:
-                x = block(x, mask, step, layer)
-        return self.ln_f(x)
+        return F.dropout(self.wte(tokens) + self.wpe(positions), self.config.dropout, self.training)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D)."""
         return head_logits(hidden, self.wte.weight)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Fuse the elementwise work of every block's MLP and norms with ``torch.compile``, for any number of tokens.
+
+    Parameters, names and copies stay as they are; results change by rounding alone.
+    """
+    for module in model.modules():
+        if isinstance(module, (MLP, nn.LayerNorm)):
+            module.compile(dynamic=True)
 
 
 def _initialise(module: nn.Module, *, residual_std: float) -> None:
@@ -211,11 +238,15 @@ def _initialise(module: nn.Module, *, residual_std: float) -> None:
         nn.init.normal_(module.c_proj.weight, std=residual_std)
 
 
-def _document_layout(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) inside each run of equal ids, and the mask (B, 1, T, T) of causality inside it."""
-    T = document_ids.shape[1]
-    index = torch.arange(T, device=document_ids.device)
-    changed = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)  # (B, T)
-    starts = torch.where(changed, index, 0).cummax(1).values  # (B, T): where each token's run began
-    same = starts[:, :, None] == starts[:, None, :]  # (B, T, T)
-    return index - starts, (same & (index[:, None] >= index))[:, None]
+def _attend_to_cache(step: CacheStep, layer: int, qkv: Tensor, dropout: float) -> Tensor:
+    """Store keys and values of qkv (B, T, 3, H, d), and attend to all that the rows hold: (B, T, H, d)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, T, d) each
+    k, v = step.store(layer, k, v)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, is_causal=step.mask is None, dropout_p=dropout)
+    return out.transpose(1, 2)
+
+
+def _documents(tokens: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    """Document ids (B, T) of a batch; without a mask every token is real."""
+    documents = torch.ones_like(tokens) if document_ids is None else document_ids
+    return documents if attention_mask is None else documents * (attention_mask != 0)

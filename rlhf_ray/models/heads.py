@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.models.gpt2 import GPT2
+from rlhf_ray.models.layout import Layout
 from rlhf_ray.ops.logprobs import head_logits
 
 
@@ -45,20 +46,19 @@ class ValueModel(nn.Module):
         self.reward_bias.copy_((self.reward_bias - mean) / std)
         self.reward_gain.copy_(self.reward_gain / std)
 
-    def values(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) float32: the number read *at* each token of tokens (B, T), that token included.
+    def values(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """(n,) float32: the numbers read *at* the places of tokens (B, T) that the layout asks for.
 
-        To have V before token t in entry [b, t], pass the result through ``before``.
+        What is read at a token is the value *before* the next one is emitted.
         """
-        hidden = self.trunk(tokens, attention_mask=attention_mask)  # (B, T, D)
-        return self._read(hidden)
+        return self._read(self.trunk.states(tokens, layout))
 
     def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """(B,) float32: the number read at the last real token of each row, wherever its padding is."""
-        hidden = self.trunk(tokens, attention_mask=attention_mask)  # (B, T, D)
-        index = torch.arange(tokens.shape[1], device=tokens.device)
-        last = torch.where(attention_mask != 0, index, 0).amax(1)  # (B,)
-        return self._read(hidden[torch.arange(len(tokens), device=tokens.device), last])
+        real = attention_mask.cpu() != 0  # (B, T)
+        last = torch.where(real, torch.arange(tokens.shape[1]), -1).amax(1, keepdim=True)  # (B, 1)
+        read = torch.arange(tokens.shape[1]) == last
+        return self.values(tokens, Layout.of(real, read=read, device=tokens.device))
 
     def _read(self, hidden: Tensor) -> Tensor:
         score = head_logits(hidden, self.score.weight)[..., 0] + self.score.bias.float()
@@ -74,10 +74,5 @@ class SharedValueHead(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(B, T) float32 values read at each of the hidden states (B, T, D)."""
+        """(...,) float32 values read at each of the hidden states (..., D)."""
         return head_logits(hidden, self.weight)[..., 0] + self.bias.float()
-
-
-def before(values: Tensor) -> Tensor:
-    """Values (B, T) read at each token, aligned with its successor: entry [b, t] is read at t - 1."""
-    return torch.nn.functional.pad(values[:, :-1], (1, 0))

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from rlhf_ray.models.gpt2 import GPT2, INIT_STD, GPT2Config
 from rlhf_ray.models.heads import ValueModel
@@ -224,8 +225,7 @@ def _build(
     dtype: torch.dtype,
 ) -> GPT2:
     """A model with the given parameters; dropout is off, as in everything but pre-training."""
-    with torch.device("meta"):  # no time spent on an initialisation that is overwritten
-        model = GPT2(_gpt2_config(config, folder), device="meta", dtype=dtype)
+    model = _blank(_gpt2_config(config, folder), dtype)
     expected = dict(model.named_parameters())
     problems = [f"{name} is missing" for name in expected if name not in state]
     problems += [f"{name} is unknown" for name in state if name not in expected]
@@ -242,6 +242,23 @@ def _build(
     return model
 
 
+def _blank(config: GPT2Config, dtype: torch.dtype) -> GPT2:
+    """A model whose parameters are shapes alone, to be given their values."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return GPT2(config, device="meta", dtype=dtype)
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips random initialisation, which on tensors without values imports torch.compile's machinery, for seconds."""
+
+    skipped = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.skipped:
+            return None
+        return func(*args, **(kwargs or {}))
+
+
 def _grow(model: GPT2, vocab_size: int, folder: Path) -> GPT2:
     """The model with vocab_size rows in its embedding."""
     old = model.wte.weight.detach()
@@ -251,7 +268,6 @@ def _grow(model: GPT2, vocab_size: int, folder: Path) -> GPT2:
         return model
     mean = old.float().mean(0, keepdim=True).to(old.dtype).expand(vocab_size - len(old), -1)
     state = model.state_dict() | {"wte.weight": torch.cat([old, mean])}
-    with torch.device("meta"):
-        grown = GPT2(replace(model.config, vocab_size=vocab_size), device="meta", dtype=old.dtype)
+    grown = _blank(replace(model.config, vocab_size=vocab_size), old.dtype)
     grown.load_state_dict(state, assign=True)
     return grown

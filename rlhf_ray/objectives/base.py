@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from rlhf_ray.tokenizer import Tokenizer
+
 Batch = dict[str, Tensor]
 """One forward pass: tensors by name, rows first."""
 
@@ -42,6 +44,8 @@ class Dataset:
     held_out: Sequence[Any]
     counts: Mapping[str, int] = field(default_factory=dict)
     """What became of the data, in words: rows read, dropped, cut."""
+    notes: Sequence[str] = ()
+    """Where the rows came from, in lines for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,13 @@ class Objective(Protocol):
     """The metric of ``metrics`` that ranks checkpoints."""
     mode: Literal["max", "min"]
     """Which end of it is better."""
+    row_kind: type[Any]
+    """Dataclass of the rows; its fields are one-dimensional arrays, numbers and strings."""
+    row_options: tuple[str, ...]
+    """Fields of the configuration that decide what the rows of given files are."""
+    config: Any
+    """The stage's configuration; its ``data`` are the files of the rows."""
+    tokenizer: Tokenizer
 
     def inputs(self) -> list[Path]:
         """Files that the result depends on; ValueError when one is missing."""

@@ -4,8 +4,8 @@ A document is ``<|bos|>``, its text and ``<|eos|>``.  Documents longer than a ro
 that overlap by one token, so that every token but the first is a target exactly once; shorter ones are
 packed.
 
-Left out on purpose: streaming from disk (a corpus is held in memory, 20 bytes a token) and mixing of
-sources.
+Left out on purpose: streaming of text (a corpus is held in memory while it is tokenised, and afterwards where there
+is no cache) and mixing of sources.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class LanguageModel(NextToken):
 
     stage = "pretrained"
     template = "plain"
+    row_options: tuple[str, ...] = ("seed", "held_out", "max_length", "max_tokens", "max_bad_rows")
 
     def __init__(self, config: PretrainConfig) -> None:
         """Open the tokenizer; ValueError when it, or the policy to go on from, is missing or does not fit."""

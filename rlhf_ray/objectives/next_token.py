@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from rlhf_ray.data import pack
 from rlhf_ray.models import GPT2
 from rlhf_ray.models.hf_weights import load_policy, save_policy
+from rlhf_ray.models.layout import Layout
 from rlhf_ray.objectives.base import Batch, Dataset, Report
-from rlhf_ray.ops.logprobs import token_logprobs
-from rlhf_ray.ops.losses import weighted_nll
+from rlhf_ray.ops.logprobs import before, token_logprobs, weighted_nll_sum
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
 
 
@@ -41,9 +41,9 @@ class TokenRow:
     """One or several documents in a row."""
 
     tokens: np.ndarray
-    """(T,) integers."""
+    """(T,) int32."""
     document_ids: np.ndarray
-    """(T,) integers: runs of equal ids are documents; 0 is padding."""
+    """(T,) int32: runs of equal ids are documents; 0 is padding."""
     weights: np.ndarray
     """(T,) float32: weight of each token as a target, 0 at the first of a document."""
     length: int
@@ -72,8 +72,8 @@ def to_rows(documents: Sequence[Document], *, max_length: int, packing: bool) ->
         ]
     rows = [
         TokenRow(
-            tokens=tokens,
-            document_ids=document_ids,
+            tokens=tokens.astype(np.int32),
+            document_ids=document_ids.astype(np.int32),
             weights=weights,
             length=int((document_ids != 0).sum()),
             weight=float(weights.sum(dtype=np.float64)),
@@ -84,28 +84,33 @@ def to_rows(documents: Sequence[Document], *, max_length: int, packing: bool) ->
 
 
 def collate(rows: Sequence[TokenRow]) -> Batch:
-    """tokens (B, T) int64, weights (B, T) float32 and, where a row holds several documents, document_ids
-    (B, T).
-    """
+    """tokens and document_ids (B, T) int64, and weights (B, T) float32; zeros to the right."""
     width = max(row.length for row in rows)
 
-    def padded(name: str, dtype: torch.dtype) -> Tensor:
-        block = torch.zeros(len(rows), width, dtype=dtype)
+    def padded(name: str, dtype: type[np.generic]) -> Tensor:
+        block = np.zeros((len(rows), width), dtype)
         for b, row in enumerate(rows):
-            block[b, : row.length] = torch.as_tensor(getattr(row, name)[: row.length], dtype=dtype)
-        return block
+            block[b, : row.length] = getattr(row, name)[: row.length]
+        return torch.from_numpy(block)
 
-    batch = {"tokens": padded("tokens", torch.int64), "weights": padded("weights", torch.float32)}
-    if any(row.document_ids[row.length - 1] > 1 for row in rows):
-        batch["document_ids"] = padded("document_ids", torch.int64)
-    return batch
+    return {
+        "tokens": padded("tokens", np.int64),
+        "document_ids": padded("document_ids", np.int64),
+        "weights": padded("weights", np.float32),
+    }
+
+
+def target_states(model: GPT2, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states (n, D) before the targets, in their order, and the targets' mask (B, T) in host memory."""
+    mask = (batch["weights"] != 0).cpu()
+    layout = Layout.of(batch["document_ids"], read=before(mask), device=batch["tokens"].device)
+    return model.states(batch["tokens"], layout), mask
 
 
 def target_logprobs(model: GPT2, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) float32 of the targets, and their mask (B, T)."""
-    mask = batch["weights"] != 0
-    hidden = model(batch["tokens"], document_ids=batch.get("document_ids"))  # (B, T, D); right-padded, so unmasked
-    logprobs, _ = token_logprobs(hidden, model.wte.weight, batch["tokens"], mask)
+    states, mask = target_states(model, batch)
+    logprobs, _ = token_logprobs(states, model.wte.weight, batch["tokens"].cpu(), mask)
     return logprobs, mask
 
 
@@ -115,6 +120,9 @@ class NextToken:
     stage = ""
     metric = "eval/loss"
     mode: Literal["max", "min"] = "min"
+    row_kind: type[Any] = TokenRow
+    row_options: tuple[str, ...]
+    config: Any
     template: str
     tokenizer: Tokenizer
 
@@ -126,14 +134,15 @@ class NextToken:
         return load_policy(folder, device=device, dtype=torch.float32)
 
     def collate(self, rows: Sequence[TokenRow]) -> Batch:
-        """tokens, weights and, for packed rows, document_ids, each (B, T)."""
+        """tokens, document_ids and weights, each (B, T)."""
         return collate(rows)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Scalar: the sum of -w log p over the targets, in nats."""
         assert isinstance(model, GPT2)
-        logprobs, mask = target_logprobs(model, batch)
-        return weighted_nll(logprobs, batch["weights"], mask, denominator=1.0)
+        states, mask = target_states(model, batch)
+        mask = mask.to(states.device)
+        return weighted_nll_sum(states, model.wte.weight, batch["tokens"][mask], batch["weights"][mask])
 
     def facts(self, model: nn.Module, batch: Batch) -> Tensor:
         """(B, 2) float64: the weighted loss of each row, and the weight of its targets."""

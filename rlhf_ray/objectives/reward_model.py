@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,11 +39,15 @@ SCORING_ROWS = 64
 class PairTokens:
     """A pair as tokens."""
 
-    pair: PairRow
     chosen: np.ndarray
-    """(T,) int64: prompt and chosen response, its EOS included."""
+    """(T,) int32: prompt and chosen response, its EOS included."""
     rejected: np.ndarray
-    """(T,) int64."""
+    """(T,) int32."""
+    chosen_text: str
+    """The response alone."""
+    rejected_text: str
+    margin: float
+    """By how much the chosen response should win, in reward units."""
     weight: float = 1.0
 
     @property
@@ -55,12 +59,12 @@ class PairTokens:
 def pad_right(rows: Sequence[Sequence[int] | np.ndarray]) -> tuple[Tensor, Tensor]:
     """tokens (B, T) int64, zeros to the right, and attention_mask (B, T) bool."""
     width = max(len(row) for row in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    tokens = np.zeros((len(rows), width), np.int64)
+    mask = np.zeros((len(rows), width), np.bool_)
     for b, row in enumerate(rows):
-        tokens[b, : len(row)] = torch.as_tensor(row)
+        tokens[b, : len(row)] = row
         mask[b, : len(row)] = True
-    return tokens, mask
+    return torch.from_numpy(tokens), torch.from_numpy(mask)
 
 
 class RewardModel:
@@ -69,6 +73,8 @@ class RewardModel:
     stage = "reward_model"
     metric = "eval/accuracy"
     mode: Literal["max", "min"] = "max"
+    row_kind: type[Any] = PairTokens
+    row_options: tuple[str, ...] = ("seed", "held_out", "max_length", "max_bad_rows", "template")
 
     def __init__(self, config: RewardModelConfig) -> None:
         """Find the policy and its tokenizer; ValueError when one is missing."""
@@ -161,13 +167,19 @@ class RewardModel:
         cut = len(prompt) > room
         if cut:  # both responses see the same prompt, which keeps its first token
             prompt = [prompt[0], *prompt[len(prompt) - room + 1 :]]
-        pair = PairTokens(pair=row, chosen=np.array(prompt + chosen), rejected=np.array(prompt + rejected))
+        pair = PairTokens(
+            chosen=np.array(prompt + chosen, np.int32),
+            rejected=np.array(prompt + rejected, np.int32),
+            chosen_text=row.chosen,
+            rejected_text=row.rejected,
+            margin=row.margin,
+        )
         return pair, cut
 
     def collate(self, rows: Sequence[PairTokens]) -> Batch:
         """tokens and attention_mask (2B, T), the chosen rows before the rejected ones, and margin (B,)."""
         tokens, mask = pad_right([*(row.chosen for row in rows), *(row.rejected for row in rows)])
-        margin = torch.tensor([row.pair.margin for row in rows], dtype=torch.float32)
+        margin = torch.tensor([row.margin for row in rows], dtype=torch.float32)
         return {"tokens": tokens, "attention_mask": mask, "margin": margin}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -231,7 +243,7 @@ class RewardModel:
         if self._sampler is not None:
             fresh = self.score(model, self._sampler.sample(self.config.normalise_samples, draw=FRESH))
         train, held_out = (
-            [(row.pair.chosen, row.pair.rejected) for row in side] for side in (dataset.train, dataset.held_out)
+            [(row.chosen_text, row.rejected_text) for row in side] for side in (dataset.train, dataset.held_out)
         )
         gain, bias = float(model.reward_gain), float(model.reward_bias)
         return pair_report(

@@ -28,6 +28,15 @@ class SFT(NextToken):
     """Imitation of the assistant's turns."""
 
     stage = "sft"
+    row_options: tuple[str, ...] = (
+        "seed",
+        "held_out",
+        "max_length",
+        "max_bad_rows",
+        "template",
+        "completion_only",
+        "packing",
+    )
 
     def __init__(self, config: SFTConfig) -> None:
         """Find the policy and its tokenizer; ValueError when one is missing."""

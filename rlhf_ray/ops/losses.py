@@ -32,6 +32,12 @@ class PolicyTerms:
     """(B, T) bool: the clipped branch is the larger, so the token has no gradient; False outside."""
 
 
+def log_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """logpi_old - logmu (B, T), clamped to +-20 and detached; 0 outside the mask.  All tensors are (B, T)."""
+    old_logprobs, rollout_logprobs = (mask_out(x.detach(), response_mask) for x in (old_logprobs, rollout_logprobs))
+    return (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def policy_loss_terms(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -41,12 +47,15 @@ def policy_loss_terms(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 0.0,
+    importance_weights: Tensor | None = None,
 ) -> PolicyTerms:
     """PPO's clipped surrogate max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), r = exp(logpi - logpi_old).
 
-    Where A < 0 the loss is at most -c A with c = ``dual_clip``; 0 turns that off, else it exceeds 1.  All
-    tensors are (B, T).
-    Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020; unequal bounds: Yu et al. 2025 (DAPO).
+    Where A < 0 the loss is at most -c A with c = ``dual_clip``; 0 turns that off, else it exceeds 1.  The loss is
+    multiplied by ``importance_weights``, which get no gradient; the clipping does not see them.  All tensors are
+    (B, T).
+    Schulman et al. 2017, eq. 7; dual clip: Ye et al. 2020; unequal bounds: Yu et al. 2025 (DAPO); weights: Yao et
+    al. 2025 (truncated importance sampling).
     """
     logprobs, old_logprobs, advantages = (mask_out(x, response_mask) for x in (logprobs, old_logprobs, advantages))
     log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)  # (B, T)
@@ -56,6 +65,8 @@ def policy_loss_terms(
     loss = torch.maximum(unclipped, clipped)  # (B, T)
     if dual_clip:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    if importance_weights is not None:
+        loss = mask_out(importance_weights.detach(), response_mask) * loss
     return PolicyTerms(loss=loss, log_ratio=log_ratio.detach(), clipped=clipped.detach() > unclipped.detach())
 
 

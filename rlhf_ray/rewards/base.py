@@ -28,6 +28,8 @@ class RewardContext:
     micro_batch_size: int
     max_length: int
     """Tokens of the longest row, prompt and response together."""
+    micro_batch_tokens: int = 0
+    """Tokens of one forward pass; 0 lets ``micro_batch_size`` decide."""
 
 
 class RewardFunction(Protocol):

@@ -44,6 +44,7 @@ class ModelReward:
         )
         self.source = source.source
         self.micro_batch_size = context.micro_batch_size
+        self.micro_batch_tokens = context.micro_batch_tokens
         self.dtype = context.dtype
         self.device = torch.device(context.device)
         self.model = load_reward_model(folder, device=context.device, dtype=torch.float32)
@@ -51,7 +52,8 @@ class ModelReward:
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(B,) float32."""
-        return check_scores(in_micro_batches(rollout, self.micro_batch_size, self._score), len(rollout), self.source)
+        scores = in_micro_batches(rollout, self.micro_batch_size, self._score, tokens=self.micro_batch_tokens)
+        return check_scores(scores, len(rollout), self.source)
 
     def _score(self, micro: Rollout) -> Tensor:
         with autocast(self.device, self.dtype):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import ray
@@ -20,20 +22,37 @@ from rlhf_ray.runtime.environment import joins_a_cluster
 RELEASE_SECONDS = 10.0
 
 
+def start() -> None:
+    """Join or start the cluster, once a process."""
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
+    if joins_a_cluster():
+        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        runtime_env = {} if in_job else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
+        ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=runtime_env, **options)
+    else:
+        ray.init(address="local", **options)
+
+
+def start_while_importing(module: str) -> None:
+    """Join or start the cluster while a thread imports a module: both take seconds, and Ray mostly waits.
+
+    The other way round would not do: ``ray.init`` belongs in the main thread, where it handles signals.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        imported = thread.submit(import_module, module)
+        start()
+        imported.result()
+
+
 def connect(*, need: Mapping[str, float]) -> None:
-    """Join or start the cluster (once a process), and check that it has what is needed.
+    """Join or start the cluster, and check that it has what is needed.
 
     ``need`` maps resource names (``CPU``, ``GPU``) to amounts.  Raises ValueError, naming what is missing, before any
     worker is started: Ray itself would wait for ever.
     """
-    if not ray.is_initialized():
-        options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
-        if joins_a_cluster():
-            in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-            runtime_env = {} if in_job else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
-            ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=runtime_env, **options)
-        else:
-            ray.init(address="local", **options)
+    start()
     check_resources(need, ray.cluster_resources())
     _wait_until_free(need)
 

@@ -18,16 +18,14 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
 import yaml
-from ray.train import TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from rlhf_ray import console
 from rlhf_ray.checkpoint import CheckpointStore, RunLock
 from rlhf_ray.config import TrainConfig
 from rlhf_ray.models.folders import model_folder
+from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.run import Run
 from rlhf_ray.rundir.config_diff import config_difference
 from rlhf_ray.rundir.metrics import read_metrics
@@ -128,6 +126,9 @@ def _check_inputs(job: Job) -> None:
 
 def _trainer(loop: Callable[..., Any], job: Job) -> Any:
     """The TorchTrainer of a job."""
+    import ray.train  # slow to import, and who only asks whether a run is complete does without
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     use_gpu = job.device.startswith("cuda")
     resources = {"CPU": CPUS_PER_WORKER, "GPU": 1.0} if use_gpu else {"CPU": CPUS_PER_WORKER}
@@ -153,7 +154,7 @@ def _trainer(loop: Callable[..., Any], job: Job) -> Any:
 def _local_loop(config: dict[str, Any]) -> dict[str, Any]:
     job: Job = config["job"]
     in_main_thread = threading.current_thread() is threading.main_thread()
-    world = World(device=torch.device(job.device), dtype=DTYPES[job.config.dtype])
+    world = World(device=torch.device(job.device), dtype=compute_type(DTYPES[job.config.dtype], job.device))
     return work(job, world, None if in_main_thread else lambda: False)
 
 
@@ -175,19 +176,24 @@ def _settle(result: dict[str, Any]) -> bool:
 
 
 def _worker_loop(config: dict[str, Any]) -> dict[str, Any]:
+    import ray.train
+    from ray.train.torch import get_device
+
     job: Job = config["job"]
-    context = ray.train.get_context()
+    context, device = ray.train.get_context(), get_device()
     world = World(
         rank=context.get_world_rank(),
         size=context.get_world_size(),
-        device=get_device(),
-        dtype=DTYPES[job.config.dtype],
+        device=device,
+        dtype=compute_type(DTYPES[job.config.dtype], device),
     )
     return work(job, world, (job.folder / STOP).exists)
 
 
 def _on_ray(job: Job) -> bool:
     """Train on Ray workers; this process waits, and passes signals on to them."""
+    from ray.train import TrainingFailedError
+
     workers = job.config.num_workers
     need = {"CPU": CPUS_PER_WORKER * workers}
     connect(need=need | ({"GPU": float(workers)} if job.device.startswith("cuda") else {}))

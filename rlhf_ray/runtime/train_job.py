@@ -21,7 +21,7 @@ from rlhf_ray.runtime.train_loop import TrainLoop, run_loop
 from rlhf_ray.runtime.train_state import digest
 from rlhf_ray.runtime.train_step import World
 
-RUNTIME_FIELDS = {"resume", "allow_config_change", "overwrite"}
+RUNTIME_FIELDS = {"resume", "allow_config_change", "overwrite", "cache"}
 """Fields that say how to start, not what to do; they are no part of a run's configuration."""
 
 

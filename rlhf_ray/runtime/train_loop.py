@@ -20,12 +20,15 @@ import torch
 from rlhf_ray.checkpoint import CheckpointStore, load_tree, save_tree, step_name
 from rlhf_ray.config import TrainConfig
 from rlhf_ray.console import Progress
+from rlhf_ray.models.gpt2 import compile_blocks
 from rlhf_ray.objectives import Objective
+from rlhf_ray.objectives.cached import cached_dataset
 from rlhf_ray.run import Run
 from rlhf_ray.runtime.train_batches import BatchOrder
+from rlhf_ray.runtime.train_input import AHEAD, Inputs
 from rlhf_ray.runtime.train_optimiser import apply_gradients, learning_rate, make_optimiser
 from rlhf_ray.runtime.train_state import ClosingReport, TrainState, optimiser_path
-from rlhf_ray.runtime.train_step import World, accumulate, gather_facts, sum_gradients
+from rlhf_ray.runtime.train_step import StepInput, World, accumulate, gather_facts, step_input, sum_gradients
 from rlhf_ray.runtime.train_window import Window
 
 
@@ -39,12 +42,13 @@ class TrainLoop:
                 f"batch_size = {config.batch_size} is less than num_workers = {world.size}; every worker needs a row"
             )
         self.objective, self.config, self.world = objective, config, world
-        self.data = objective.dataset()
+        self.data = cached_dataset(objective, config.cache)
         rows = len(self.data.train)
         self.order = BatchOrder(rows=rows, batch_size=config.batch_size, seed=config.seed)
         self.total = self.order.total_steps(epochs=config.epochs, max_steps=config.max_steps)
         self.step = self.tokens = 0
         self.window = Window()
+        self.inputs = Inputs(self._input, ahead=AHEAD[world.device.type])
 
     def start(self, folder: Path | None) -> None:
         """Build the model, or load it and its optimiser from the checkpoint ``folder``."""
@@ -52,6 +56,8 @@ class TrainLoop:
         torch.manual_seed(self.config.seed)
         self.model = self.objective.build(device) if folder is None else self.objective.load(folder, device)
         self.model.train()
+        if self.config.compile:
+            compile_blocks(self.model)
         self.optimiser = make_optimiser(self.model, self.config.optimiser)
         if folder is not None:
             state = TrainState.read(folder)
@@ -63,19 +69,23 @@ class TrainLoop:
         self.step += 1
         started = time.perf_counter()
         torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)  # for dropout
-        rows = [self.data.train[i] for i in self.order.rows_of(self.step)]
-        size = self.config.micro_batch_size
-        loss = accumulate(self.objective, self.model, rows, self.world, micro_batch_size=size)
+        inputs = self.inputs.take(self.step)
+        waited = time.perf_counter() - started
+        loss = accumulate(self.objective, self.model, inputs, self.world)
         stop = should_stop()
         extras = torch.stack([loss, torch.full_like(loss, float(stop))])
         extras = sum_gradients(self.model, extras, self.world)
         settings = self.config.optimiser
         self.lr = learning_rate(settings, step=self.step, total=self.total)
         norm = apply_gradients(self.optimiser, lr=self.lr, max_grad_norm=settings.max_grad_norm)
-        tokens = sum(row.length for row in rows)
-        self.tokens += tokens
-        self.window.add(extras[0], norm, tokens=tokens, seconds=time.perf_counter() - started)
+        self.tokens += inputs.tokens
+        seconds = time.perf_counter() - started
+        self.window.add(extras[0], norm, tokens=inputs.tokens, seconds=seconds, waited=waited)
         return stop if self.world.size == 1 else bool(extras[1] > 0)
+
+    def _input(self, step: int) -> StepInput:
+        rows = [self.data.train[i] for i in self.order.rows_of(step)]
+        return step_input(self.objective, rows, self.world, micro_batch_size=self.config.micro_batch_size)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out rows, of which every rank takes its share."""
@@ -123,9 +133,11 @@ class Recorder:
         run.resume_at(loop.step)
         trainable = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
         counts = ", ".join(f"{name} {count:,}" for name, count in loop.data.counts.items())
+        for note in loop.data.notes:
+            run.say(note)
         run.say(f"data: {counts}; {len(loop.data.train):,} training rows, {len(loop.data.held_out):,} held-out rows")
         run.say(
-            f"model: {trainable:,} parameters on {loop.world.device}, {loop.config.dtype}, "
+            f"model: {trainable:,} parameters on {loop.world.device}, {loop.world.dtype_name}, "
             f"{loop.world.size} x {torch.get_num_threads()} threads; "
             f"{loop.total:,} steps of {loop.config.batch_size} rows"
         )
@@ -149,6 +161,7 @@ class Recorder:
     def save(self, score: float | None) -> None:
         """Write a checkpoint; the best by score is kept beside the newest."""
         with self.run.time("save"):
+            self.run.sync()
             folder = self.store.write(
                 self.loop.step, lambda folder: self.loop.save(folder, inputs=self.inputs), score=score
             )
@@ -205,7 +218,7 @@ def _steps(loop: TrainLoop, recorder: Recorder | None, should_stop: Callable[[],
     """Every remaining step, with what is due after each; whether it was stopped before the last."""
     config = loop.config
     bar = Progress(loop.objective.stage, loop.total, start=loop.step) if recorder else None
-    with bar or nullcontext():
+    with loop.inputs, bar or nullcontext():
         if recorder is not None:
             recorder.progress = bar
         while loop.step < loop.total:

@@ -31,6 +31,11 @@ class World:
     dtype: torch.dtype = torch.float32
     """Type of the matrix products; weights and sums stay float32."""
 
+    @property
+    def dtype_name(self) -> str:
+        """The type as the configuration writes it."""
+        return str(self.dtype).removeprefix("torch.")
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place."""
         if self.size > 1:
@@ -46,19 +51,37 @@ class World:
         return World(device=self.device, dtype=self.dtype)
 
 
-def accumulate(
-    objective: Objective, model: nn.Module, rows: Sequence[Any], world: World, *, micro_batch_size: int
-) -> Tensor:
-    """Add this rank's share of the gradient of the batch ``rows`` to the model; returns its share of the
-    loss.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """What one rank needs for one optimiser step."""
+
+    batches: list[Batch]
+    """This rank's micro-batches, in host memory; pinned where the device is another."""
+    weight: float
+    """Of the whole step, over all ranks: the denominator of the loss."""
+    tokens: int
+    """Of the whole step."""
+
+
+def step_input(objective: Objective, rows: Sequence[Any], world: World, *, micro_batch_size: int) -> StepInput:
+    """This rank's share of the batch ``rows``.
 
     Rows of like length go together: less padding, and about the same work for every rank.
     """
-    weight = sum(row.weight for row in rows)
+    micro_batches = _micro_batches(rows, world, micro_batch_size)
+    return StepInput(
+        batches=[_collate(objective, [rows[i] for i in micro], world) for micro in micro_batches],
+        weight=sum(row.weight for row in rows),
+        tokens=sum(row.length for row in rows),
+    )
+
+
+def accumulate(objective: Objective, model: nn.Module, inputs: StepInput, world: World) -> Tensor:
+    """Add this rank's share of a step's gradient to the model; returns its share of the loss."""
     total = torch.zeros((), device=world.device)
-    for micro in _micro_batches(rows, world, micro_batch_size):
+    for batch in inputs.batches:
         with world.autocast():
-            loss = objective.loss(model, _collate(objective, [rows[i] for i in micro], world)) / weight
+            loss = objective.loss(model, _on_device(batch, world)) / inputs.weight
         loss.backward()
         total += loss.detach()
     return total
@@ -90,7 +113,8 @@ def gather_facts(
     parts = []
     for micro in micro_batches:
         with world.autocast():
-            parts.append(objective.facts(model, _collate(objective, [rows[i] for i in micro], world)))
+            batch = _collate(objective, [rows[i] for i in micro], world)
+            parts.append(objective.facts(model, _on_device(batch, world)))
     model.train(was_training)
     width = torch.tensor([parts[0].shape[1] if world.rank == 0 else 0], device=world.device)
     table = torch.zeros(len(rows), int(world.sum(width)), dtype=torch.float64, device=world.device)
@@ -107,4 +131,10 @@ def _micro_batches(rows: Sequence[Any], world: World, size: int) -> list[list[in
 
 def _collate(objective: Objective, rows: Sequence[Any], world: World) -> Batch:
     batch = objective.collate(rows)
+    if world.device.type == "cpu":
+        return batch
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+
+def _on_device(batch: Batch, world: World) -> Batch:
     return {name: tensor.to(world.device, non_blocking=True) for name, tensor in batch.items()}

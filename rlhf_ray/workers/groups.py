@@ -1,6 +1,6 @@
-"""The four roles over a crew of workers: how a call is cut into shards and who gets which.
+"""The four roles over a crew of workers: how a call is cut into shards, and what a worker must hold to answer.
 
-A crew is several equal workers that can be asked for a method by number: Ray actors (``runtime/crew.py``), or one
+A crew is several equal workers, whichever of which carries out a call: Ray actors (``runtime/crew.py``), or one
 worker in this process (``LocalCrew``, for debugging and for the smallest boxes).  Shards are cut by ``shard_size``
 alone, so the rows of a step, and in float32 its metrics, are the same for any number of workers.
 
@@ -9,8 +9,7 @@ A handle that is passed on is never waited for here.
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import add
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +28,14 @@ from rlhf_ray.types import (
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a worker must hold before it carries out a call: ``method(value)``, once until it is given another."""
+
+    method: str
+    value: Handle[Any]
+
+
 class Crew(Protocol):
     """Equal workers of one role."""
 
@@ -37,8 +44,19 @@ class Crew(Protocol):
         """How many there are."""
         ...
 
-    def call(self, rank: int, method: str, *arguments: Any) -> Handle[Any]:
-        """Ask one worker for a method, without waiting; handles among the arguments arrive as their values."""
+    def call(self, method: str, *arguments: Any, given: Given | None = None) -> Handle[Any]:
+        """Ask whoever is free first, without waiting; handles among the arguments arrive as their values.
+
+        Calls begin in the order in which their arguments are there.
+        """
+        ...
+
+    def aside(self, method: str, *arguments: Any) -> Any:
+        """Have the only worker do something beside its calls, which go on, and wait for it."""
+        ...
+
+    def usage(self) -> Usage:
+        """Work of all calls that have ended since this was last asked; waits for nobody."""
         ...
 
 
@@ -49,12 +67,24 @@ class LocalCrew:
 
     def __init__(self, worker: Any) -> None:
         self.worker = worker
+        self._holds: Given | None = None
 
-    def call(self, rank: int, method: str, *arguments: Any) -> Done[Any]:
+    def call(self, method: str, *arguments: Any, given: Given | None = None) -> Done[Any]:
         """Carry out the method."""
-        assert rank == 0
+        if given is not None and given is not self._holds:
+            getattr(self.worker, given.method)(given.value.result())
+            self._holds = given
         values = [argument.value if isinstance(argument, Done) else argument for argument in arguments]
         return Done(getattr(self.worker, method)(*values))
+
+    def aside(self, method: str, *arguments: Any) -> Any:
+        """Carry out the method in the calling thread."""
+        return getattr(self.worker, method)(*arguments)
+
+    def usage(self) -> Usage:
+        """What the worker has done since it was last asked."""
+        used: Usage = self.worker.usage()
+        return used
 
 
 class Group:
@@ -63,18 +93,13 @@ class Group:
     def __init__(self, crew: Crew) -> None:
         self.crew = crew
 
-    def _all(self, method: str, *arguments: Any) -> list[Handle[Any]]:
-        return [self.crew.call(rank, method, *arguments) for rank in range(self.crew.size)]
-
     def _map(self, method: str, shards: Shards[Any]) -> Shards[Any]:
-        """One call a shard, in turn over the workers."""
-        return Shards(
-            tuple(self.crew.call(i % self.crew.size, method, handle) for i, handle in enumerate(shards.handles))
-        )
+        """One call a shard."""
+        return Shards(tuple(self.crew.call(method, handle) for handle in shards.handles))
 
     def usage(self) -> Usage:
         """Work of all workers since the last call."""
-        return reduce(add, [handle.result() for handle in self._all("usage")])
+        return self.crew.usage()
 
 
 class GeneratorGroup(Group):
@@ -83,28 +108,29 @@ class GeneratorGroup(Group):
     def __init__(self, crew: Crew, *, shard_size: int) -> None:
         super().__init__(crew)
         self.shard_size = shard_size
-        self._updates: list[Handle[None]] = []
+        self._weights: Given | None = None
 
     def generate(self, batch: PromptBatch, policy_version: int) -> Shards[Rollout]:
-        """Rows in shards of ``shard_size``."""
+        """Rows in shards of ``shard_size``, each sampled with the weights that are the newest now."""
         calls = [
             self.crew.call(
-                i % self.crew.size,
                 "generate",
                 batch,
                 policy_version,
                 start,
                 min(start + self.shard_size, len(batch)),
+                given=self._weights,
             )
-            for i, start in enumerate(range(0, len(batch), self.shard_size))
+            for start in range(0, len(batch), self.shard_size)
         ]
         return Shards(tuple(calls))
 
     def update_weights(self, weights: Handle[Weights]) -> None:
-        """Hand every worker the same weights; what the update before this one raised is raised here."""
-        for handle in self._updates:
-            handle.result()
-        self._updates = self._all("update_weights", weights)
+        """Have every worker take these weights over before the first shard that it is asked for from now on.
+
+        A shard that was asked for before keeps its weights, even if it has not begun.
+        """
+        self._weights = Given("update_weights", weights)
 
 
 class RewardGroup(Group):
@@ -132,16 +158,20 @@ class LearnerGroup(Group):
 
     def update(self, experience: Experience) -> Handle[dict[str, float]]:
         """Learn from one batch; the metrics of it."""
-        return self.crew.call(0, "update", experience)
+        return self.crew.call("update", experience)
 
     def weights(self, policy_version: int) -> Handle[Weights]:
         """The policy's weights."""
-        return self.crew.call(0, "weights", policy_version)
+        return self.crew.call("weights", policy_version)
 
-    def save(self, folder: Path) -> None:
-        """Write the learner's part of a checkpoint, and wait for it."""
-        self.crew.call(0, "save", folder).result()
+    def snapshot(self) -> Handle[None]:
+        """Have the learner keep a copy of its state as it is now, for `write`."""
+        return self.crew.call("snapshot")
+
+    def write(self, folder: Path) -> None:
+        """Write the newest snapshot into a checkpoint's folder, and wait for it; learning goes on meanwhile."""
+        self.crew.aside("write", folder)
 
     def load(self, folder: Path) -> None:
         """Take over a checkpoint, and wait for it."""
-        self.crew.call(0, "load", folder).result()
+        self.crew.call("load", folder).result()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.config import PPO
-from rlhf_ray.models.scoring import micro_batches
+from rlhf_ray.models.scoring import micro_batches, row_ranges
 from rlhf_ray.ops.losses import max_ratio, policy_diagnostics, policy_loss_terms, value_loss_terms
 from rlhf_ray.ops.masked import AGGREGATIONS, masked_sum
 from rlhf_ray.ops.schedules import SCHEDULES
 from rlhf_ray.types import Evaluation, Experience, Rollout, Usage, Weights, concat, select, trim
 from rlhf_ray.workers.meter import Meter
 from rlhf_ray.workers.policy_critic import PolicyCritic
+from rlhf_ray.workers.snapshot import copy_of_state
 from rlhf_ray.workers.weights import export_weights
 
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
@@ -56,6 +58,7 @@ class LearnerWorker:
         self.response_length = response_length
         self.rollout_dtype = rollout_dtype
         self.step = 0
+        self._snapshot: tuple[PolicyCritic, dict[str, Any]] | None = None
         self.meter = Meter(threads)
         self.optimiser = torch.optim.AdamW(
             model.parameter_groups(config.lr, config.value_lr or config.lr, config.weight_decay),
@@ -71,7 +74,7 @@ class LearnerWorker:
         with self.meter.busy():
             self.meter.count(int(rollout.attention_mask.sum()))
             parts = []
-            for micro in micro_batches(rollout, self.config.micro_batch_size):
+            for micro in micro_batches(rollout, self.config.micro_batch_size, self.config.micro_batch_tokens):
                 logprobs, entropy, values = self.model(micro, with_entropy=True)
                 assert entropy is not None
                 parts.append(Evaluation(old_logprobs=logprobs.cpu(), entropy=entropy.cpu(), values=values.cpu()))
@@ -121,9 +124,9 @@ class LearnerWorker:
         denominator = aggregate.count(mask, self.response_length)
         totals: dict[str, float] = {}
         extremes: list[tuple[float, float]] = []
-        for start in range(0, len(mini), self.config.micro_batch_size):
-            micro = select(mini, slice(start, start + self.config.micro_batch_size))
-            micro = trim(micro, micro.rollout.width)
+        lengths = mini.rollout.attention_mask.sum(1)
+        for rows in row_ranges(lengths, self.config.micro_batch_size, self.config.micro_batch_tokens):
+            micro = trim(select(mini, rows), int(lengths[rows].max()))
             loss, terms, extreme = self._losses(micro, denominator, mask.sum())
             loss.backward()
             for name, value in terms.items():
@@ -155,6 +158,7 @@ class LearnerWorker:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             dual_clip=config.dual_clip,
+            importance_weights=None if micro.importance_weights is None else micro.importance_weights.to(device),
         )
         assert micro.values is not None and micro.returns is not None
         value_terms = value_loss_terms(
@@ -200,13 +204,20 @@ class LearnerWorker:
         """The policy as one flat buffer in the rollout workers' type."""
         return export_weights(self.model.policy, policy_version, self.rollout_dtype)
 
-    def save(self, folder: Path) -> None:
-        """Write policy, critic, optimiser and step into a checkpoint's folder."""
-        self.model.save(folder)
-        save_tree(folder / "learner", {"step": self.step, "optimiser": self.optimiser.state_dict()})
+    def snapshot(self) -> None:
+        """Keep a copy of policy, critic, optimiser and step as they are now, for ``write``."""
+        state = {"step": self.step, "optimiser": copy_of_state(self.optimiser.state_dict())}
+        self._snapshot = self.model.snapshot(), state
+
+    def write(self, folder: Path) -> None:
+        """Write the newest snapshot into a checkpoint's folder; beside other work, as it touches nothing else."""
+        assert self._snapshot, "there is no snapshot to write"
+        (model, state), self._snapshot = self._snapshot, None
+        model.save(folder)
+        save_tree(folder / "learner", state)
 
     def load(self, folder: Path) -> None:
-        """Take over what ``save`` wrote."""
+        """Take over what ``write`` wrote."""
         self.model.load(folder)
         state = load_tree(folder / "learner")
         self.step = state["step"]

@@ -8,6 +8,7 @@ are about.  The separate critic starts from the reward model (Huang et al., N+);
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.models import GPT2
-from rlhf_ray.models.heads import SharedValueHead, ValueModel, before
+from rlhf_ray.models.gpt2 import compile_blocks
+from rlhf_ray.models.heads import SharedValueHead, ValueModel
 from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy
-from rlhf_ray.models.scoring import autocast, policy_logprobs
-from rlhf_ray.ops.logprobs import token_logprobs
-from rlhf_ray.ops.masked import mask_out
+from rlhf_ray.models.scoring import autocast, response_layout, response_logprobs
+from rlhf_ray.ops.logprobs import at_tokens
 from rlhf_ray.types import Rollout
+from rlhf_ray.workers.snapshot import copy_of_module
 
 
 class PolicyCritic(Protocol):
@@ -42,6 +44,10 @@ class PolicyCritic(Protocol):
 
     def clip_gradients(self, max_norm: float) -> dict[str, float]:
         """Clip, each network by its own norm (0 clips nothing), and return the norms before."""
+        ...
+
+    def snapshot(self) -> PolicyCritic:
+        """A copy in host memory, which later updates do not touch."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -89,12 +95,14 @@ class SeparateCritic:
 
     def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logprobs, entropy and values, (b, t)."""
-        logprobs, entropy = policy_logprobs(
-            self.policy, micro, temperature=self.temperature, dtype=self.dtype, with_entropy=with_entropy
-        )
+        layout, tokens = response_layout(micro, self.device), micro.tokens.to(self.device)
         with autocast(self.device, self.dtype):
-            read = self.critic.values(micro.tokens.to(self.device), micro.attention_mask.to(self.device))
-        return logprobs, entropy, mask_out(before(read), micro.response_mask.to(self.device))
+            states = self.policy.states(tokens, layout)  # (n, D)
+            values = self.critic.values(tokens, layout)  # (n,)
+            logprobs, entropy = response_logprobs(
+                self.policy, states, micro, temperature=self.temperature, with_entropy=with_entropy
+            )
+        return logprobs, entropy, at_tokens(values, micro.response_mask)
 
     def parameter_groups(self, lr: float, value_lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups a network."""
@@ -107,6 +115,12 @@ class SeparateCritic:
             "policy/grad_norm": _clip(self.policy.parameters(), max_norm),
             "critic/grad_norm": _clip(self.critic.parameters(), max_norm),
         }
+
+    def snapshot(self) -> SeparateCritic:
+        """Both networks."""
+        twin = copy(self)
+        twin.policy, twin.critic = copy_of_module(self.policy), copy_of_module(self.critic)
+        return twin
 
     def save(self, folder: Path) -> None:
         """The policy in the folder, the critic beside it, exactly: a model folder would fold its bias."""
@@ -132,18 +146,12 @@ class SharedCritic:
 
     def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logprobs, entropy and values, (b, t)."""
-        tokens, mask = micro.tokens.to(self.device), micro.response_mask.to(self.device)
         with autocast(self.device, self.dtype):
-            hidden = self.policy(tokens, attention_mask=micro.attention_mask.to(self.device))  # (b, t, D)
-        logprobs, entropy = token_logprobs(
-            hidden,
-            self.policy.wte.weight,
-            tokens,
-            mask,
-            temperature=self.temperature,
-            with_entropy=with_entropy,
-        )
-        return logprobs, entropy, mask_out(before(self.head(hidden)), mask)
+            states = self.policy.states(micro.tokens.to(self.device), response_layout(micro, self.device))  # (n, D)
+            logprobs, entropy = response_logprobs(
+                self.policy, states, micro, temperature=self.temperature, with_entropy=with_entropy
+            )
+        return logprobs, entropy, at_tokens(self.head(states), micro.response_mask)
 
     def parameter_groups(self, lr: float, value_lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """The trunk at the policy's rate, the head at the critic's."""
@@ -154,6 +162,12 @@ class SharedCritic:
     def clip_gradients(self, max_norm: float) -> dict[str, float]:
         """Trunk and head by one norm."""
         return {"policy/grad_norm": _clip([*self.policy.parameters(), *self.head.parameters()], max_norm)}
+
+    def snapshot(self) -> SharedCritic:
+        """Trunk and head."""
+        twin = copy(self)
+        twin.policy, twin.head = copy_of_module(self.policy), copy_of_module(self.head)
+        return twin
 
     def save(self, folder: Path) -> None:
         """The policy in the folder, the head beside it."""
@@ -175,9 +189,12 @@ def build_policy_critic(
     device: str,
     dtype: torch.dtype,
     special: dict[str, int],
+    compiled: bool = False,
 ) -> PolicyCritic:
     """Policy and critic from their folders, in float32; without a critic folder the critic starts from the policy."""
     policy = load_policy(policy_folder, device=device, dtype=torch.float32).eval()
+    if compiled:
+        compile_blocks(policy)
     if kind == "shared":
         return SharedCritic(policy, temperature=temperature, dtype=dtype, special=special)
     assert kind == "separate", kind
@@ -186,4 +203,6 @@ def build_policy_critic(
     else:
         critic = ValueModel(load_policy(policy_folder, device=device, dtype=torch.float32))
         nn.init.zeros_(critic.score.weight)
+    if compiled:
+        compile_blocks(critic)
     return SeparateCritic(policy, critic.eval(), temperature=temperature, dtype=dtype, special=special)

@@ -25,10 +25,12 @@ class ReferenceWorker:
         device: str,
         dtype: torch.dtype,
         threads: int,
+        micro_batch_tokens: int = 0,
     ) -> None:
         self.policy = load_policy(folder, device=device, dtype=torch.float32).eval().requires_grad_(False)
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.dtype = dtype
         self.meter = Meter(threads)
 
@@ -37,10 +39,10 @@ class ReferenceWorker:
         """(B, T) float32: log-probabilities of the response tokens, 0 elsewhere."""
         with self.meter.busy():
             self.meter.count(int(rollout.attention_mask.sum()))
-            return in_micro_batches(rollout, self.micro_batch_size, self._score)
+            return in_micro_batches(rollout, self.micro_batch_size, self._score, tokens=self.micro_batch_tokens)
 
     def _score(self, micro: Rollout) -> Tensor:
-        return policy_logprobs(self.policy, micro, temperature=self.temperature, dtype=self.dtype)[0]
+        return policy_logprobs(self.policy, micro, temperature=self.temperature, dtype=self.dtype)
 
     def usage(self) -> Usage:
         """Tokens scored and seconds spent since the last call."""

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ray.data.prompt_set import PromptSet
 from rlhf_ray.generation import make_engine
+from rlhf_ray.generation.native_engine import NativeEngine
 from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.generation.sampling import Sampling, row_uniforms
 from rlhf_ray.models.hf_weights import load_policy
@@ -40,10 +41,14 @@ class RolloutWorker:
         device: str,
         dtype: torch.dtype,
         threads: int,
+        share: int = 1,
         engine: str = "auto",
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """``tokenizer`` is needed for stop strings alone."""
+        """0 ``threads`` are its ``share`` of the cores where rows don't depend on it: in the native pass.
+
+        ``tokenizer`` is needed for stop strings alone.
+        """
         self.policy = load_policy(folder, device=device, dtype=dtype).eval().requires_grad_(False)
         text = None if tokenizer is None else partial(tokenizer.token_bytes, skip_special=False)
         self.engine = make_engine(self.policy, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows, text=text, kind=engine)
@@ -52,7 +57,7 @@ class RolloutWorker:
         self.seed = seed
         self.pad_id = pad_id
         self.policy_version = -1
-        self.meter = Meter(threads)
+        self.meter = Meter(threads or (share if isinstance(self.engine, NativeEngine) else 1))
 
     def update_weights(self, weights: Weights) -> None:
         """Take over a policy; AssertionError when its bytes are not those that were sent."""

@@ -16,7 +16,7 @@ from rlhf_ray.run import read_metrics
 
 def pipeline(folder: Path, **changes: Any) -> PipelineConfig:
     """A pipeline of seconds below the folder."""
-    short = {"max_steps": 3, "threads": 1, "eval_every": 0, "save_every": 0}
+    short = {"max_steps": 3, "threads": 1, "eval_every": 0, "save_every": 0, "cache": folder / "cache"}
     values: dict[str, Any] = {
         "preset": "tiny",
         "checkpoints": folder,

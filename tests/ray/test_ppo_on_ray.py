@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,25 @@ def test_any_number_of_rollout_workers_gives_the_same_rows_and_metrics(world: Pa
         for row in read_metrics(app.run_folder(config)):
             for role in ("generator", "reward", "reference", "learner"):
                 assert row[f"perf/tokens_per_second/{role}"] > 0
+
+
+def test_generating_ahead_gives_the_same_on_any_number_of_workers_and_after_a_resume(world: Path) -> None:
+    """With two workers from the start, and with one that takes up what the two left in mid-run."""
+    changes: dict[str, Any] = {"max_staleness": 1, "total_steps": 4, "keep": 9}
+    alone = ppo_config(world, run="ahead-0", **changes)
+    both = ppo_config(world, run="ahead-2", num_rollout_workers=2, **changes)
+    for config in (alone, both):
+        app.train_ppo(config)
+    assert [row["staleness/mean"] for row in numbers(alone)] == [0.0, 1.0, 1.0, 1.0]
+    assert numbers(both) == numbers(alone)
+    folder = app.run_folder(both)
+    for step in (3, 4):
+        shutil.rmtree(folder / f"step_00000{step}")
+    app.train_ppo(both.model_copy(update={"num_rollout_workers": 1}))
+    assert "going on from" in (folder / "log.txt").read_text()
+    assert numbers(both) == numbers(alone)
+    for file in sorted(app.run_folder(alone).glob("step_000004/*.safetensors")):
+        assert (folder / "step_000004" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_more_workers_than_there_are_resources_is_refused_before_any_starts(world: Path) -> None:

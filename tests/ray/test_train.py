@@ -38,6 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
         data=[folder / "chats.jsonl"],
         policy=folder / "policy",
         checkpoints=folder / "checkpoints",
+        cache=folder / "cache",
         max_length=64,
         held_out=0.2,
         packing=False,

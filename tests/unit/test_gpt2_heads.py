@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from rlhf_ray.models import GPT2, GPT2Config, SharedValueHead, ValueModel
-from rlhf_ray.models.heads import before
+from rlhf_ray.models.layout import Layout
+from rlhf_ray.ops.logprobs import at_tokens, before
 
 CONFIG = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=4)
 EOS = 90
@@ -42,12 +43,12 @@ def test_the_score_is_the_value_at_the_last_real_token() -> None:
     model = random_value_model()
     tokens = torch.randint(0, 90, (2, 8))
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3]).bool()
-    values = model.values(tokens, mask)
+    values = model.values(tokens, Layout.of(mask, read=mask))  # (13,), row by row
     scores = model(tokens, mask)
-    torch.testing.assert_close(scores, torch.stack([values[0, 7], values[1, 4]]))
+    torch.testing.assert_close(scores, values[[7, 12]])
     hidden = model.trunk(tokens[:1])
     raw = (hidden @ model.score.weight[0] + model.score.bias)[0]
-    torch.testing.assert_close(values[0], (raw - 0.3) / 0.5, atol=1e-5, rtol=0)
+    torch.testing.assert_close(values[:8], (raw - 0.3) / 0.5, atol=1e-5, rtol=0)
 
 
 def test_the_score_starts_as_the_paper_has_it() -> None:
@@ -90,5 +91,7 @@ def test_the_shared_head_starts_at_zero_and_learns() -> None:
     torch.testing.assert_close(head.weight.grad[0], -2 * hidden[0].sum(0), atol=1e-4, rtol=0)
 
 
-def test_before_aligns_values_with_the_token_that_follows() -> None:
-    assert before(torch.tensor([[1.0, 2.0, 3.0]])).tolist() == [[0.0, 1.0, 2.0]]
+def test_what_is_read_before_a_token_belongs_to_it() -> None:
+    mask = torch.tensor([[False, True, True], [True, False, True]])
+    assert before(mask).tolist() == [[True, True, False], [False, True, False]]
+    assert at_tokens(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[0.0, 1.0, 2.0], [0.0, 0.0, 3.0]]

@@ -61,10 +61,11 @@ def test_what_is_outside_the_response_changes_nothing(world: Path, critic: str, 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "constant"])
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_the_gradient_does_not_depend_on_the_micro_batches(world: Path, critic: str, aggregation: str) -> None:
-    def moved(micro_batch_size: int) -> tuple[Tensor, dict[str, float]]:
+    def moved(micro_batch_size: int, micro_batch_tokens: int = 0) -> tuple[Tensor, dict[str, float]]:
         # With an eps that dwarfs the gradient Adam's steps are a tenth of it; in the second, ratios differ from one.
         update = {"critic": critic, "aggregation": aggregation, "entropy_coef": 0.01, "max_grad_norm": 0.0}
         sizes = {"epochs": 2, "mini_batch_size": 12, "micro_batch_size": micro_batch_size}
+        sizes["micro_batch_tokens"] = micro_batch_tokens
         workers = Workers.build(
             ppo_config(world, ppo={**update, **sizes, "lr": 1e2, "adam_eps": 1e3, "schedule": "constant"})
         )
@@ -77,8 +78,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(world: Path, critic: 
 
     whole, whole_metrics = moved(12)
     assert whole.abs().max() > 1e-3 and whole_metrics["policy/approxkl_avg"] > 1e-6
-    for size in (1, 2, 5):
-        part, metrics = moved(size)
+    for size, tokens in ((1, 0), (2, 0), (5, 0), (12, 1), (12, 40)):
+        part, metrics = moved(size, tokens)
         torch.testing.assert_close(part, whole, atol=2e-6, rtol=1e-4)
         assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=2e-6)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_ray.ops.logprobs import token_logprobs
+from rlhf_ray.ops import logprobs as module
+from rlhf_ray.ops.logprobs import before, token_logprobs, weighted_nll_sum
 
 B, T, D, V = 3, 11, 8, 53
 
@@ -22,6 +23,10 @@ def inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = torch.rand(B, T, generator=g) < 0.6
     mask[:, 0] = False
     return hidden, weight, tokens, mask
+
+
+def own(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    return token_logprobs(hidden[before(mask)], weight, tokens, mask, **options)
 
 
 def naive(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -37,22 +42,22 @@ def naive(hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor, temperat
 def test_values_and_gradients_equal_the_naive_computation(temperature: float, chunk_size: int | None) -> None:
     hidden, weight, tokens, mask = inputs()
     results = []
-    for function in (token_logprobs, naive):
+    for function in (own, naive):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         options: dict[str, Any] = {"temperature": temperature}
-        if function is token_logprobs:
+        if function is own:
             options |= {"chunk_size": chunk_size, "with_entropy": True}
         values, entropy = function(h, w, tokens, mask, **options)
         (values.square().sum() + 0.3 * entropy.sum()).backward()
         results.append((values, entropy, h.grad / h.grad.abs().max(), w.grad / w.grad.abs().max()))
-    for own, expected in zip(*results, strict=True):
-        torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-6)
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_entropy_is_optional_and_changes_no_value() -> None:
     arguments = inputs()
-    values, entropy = token_logprobs(*arguments)
-    with_entropy, _ = token_logprobs(*arguments, with_entropy=True)
+    values, entropy = own(*arguments)
+    with_entropy, _ = own(*arguments, with_entropy=True)
     assert entropy is None
     torch.testing.assert_close(values, with_entropy, atol=1e-6, rtol=1e-6)
 
@@ -69,7 +74,7 @@ def test_what_the_mask_leaves_out_is_never_read(poison: float) -> None:
             h[~read] = poison
             t[~mask] = 10**6
         h.requires_grad_()
-        values, entropy = token_logprobs(h, w, t, mask, chunk_size=4, with_entropy=True)
+        values, entropy = own(h, w, t, mask, chunk_size=4, with_entropy=True)
         (values.sum() + entropy.sum()).backward()
         gradients.append((values, entropy, h.grad, w.grad))
     for clean, spoiled in zip(*gradients, strict=True):
@@ -81,7 +86,7 @@ def test_the_first_token_has_no_logprob_and_an_empty_mask_no_gradient() -> None:
     hidden.requires_grad_()
     mask = torch.zeros(B, T, dtype=torch.bool)
     mask[:, 0] = True
-    values, _ = token_logprobs(hidden, weight, tokens, mask)
+    values, _ = own(hidden, weight, tokens, mask)
     assert not values.any()
     values.sum().backward()
     assert not hidden.grad.any()
@@ -90,41 +95,70 @@ def test_the_first_token_has_no_logprob_and_an_empty_mask_no_gradient() -> None:
 def test_entropy_of_uniform_over_gpt2s_vocabulary() -> None:
     mask = torch.tensor([[False, True]])
     tokens = torch.tensor([[0, 50000]])
-    values, entropy = token_logprobs(torch.ones(1, 2, 4), torch.zeros(50257, 4), tokens, mask, with_entropy=True)
+    values, entropy = own(torch.ones(1, 2, 4), torch.zeros(50257, 4), tokens, mask, with_entropy=True)
     assert entropy is not None
     assert entropy[0, 1].item() == pytest.approx(10.82490, abs=1e-5)
     assert values[0, 1].item() == pytest.approx(-math.log(50257), abs=1e-5)
 
 
-def test_no_more_than_a_chunk_of_logits_is_kept_for_the_backward_pass() -> None:
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_logits_that_are_not_kept_are_computed_again(monkeypatch: pytest.MonkeyPatch, with_entropy: bool) -> None:
+    results = []
+    for kept in (10**6, 0, 8 * V):
+        monkeypatch.setattr(module, "KEPT", kept)
+        hidden, weight, tokens, mask = inputs()
+        states = hidden[before(mask)].requires_grad_()
+        weight.requires_grad_()
+        values, entropy = token_logprobs(states, weight, tokens, mask, chunk_size=4, with_entropy=with_entropy)
+        loss = values.square().sum() + (entropy.sum() if entropy is not None else 0)
+        again = torch.autograd.grad(loss, (states, weight), retain_graph=True)
+        loss.backward()
+        results.append((*again, states.grad, weight.grad))
+    for result in results:
+        for got, expected in zip(result, results[0][:2] * 2, strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000, None])
+def test_the_weighted_loss_and_its_gradients_equal_the_naive_computation(chunk_size: int | None) -> None:
     hidden, weight, tokens, mask = inputs()
-    weight.requires_grad_()
-    kept = []
+    weights = torch.rand(B, T, generator=torch.Generator().manual_seed(1))
+    results = []
+    for fused in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if fused:
+            loss = weighted_nll_sum(h[before(mask)], w, tokens[mask], weights[mask], chunk_size=chunk_size)
+        else:
+            loss = -(weights * naive(h, w, tokens, mask, 1.0)[0]).sum()
+        (loss / 7).backward()
+        results.append((loss, h.grad, w.grad))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert weighted_nll_sum(hidden[before(mask)], weight, tokens[mask], weights[mask]) == results[0][0]
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.shape[-1:] == (V,):
-            kept.append(len(tensor))
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        token_logprobs(hidden, weight, tokens, mask, chunk_size=4)
-    last = int(mask.sum()) % 4 or 4
-    assert int(mask.sum()) > 8
-    assert set(kept) == {last}
-
-
-def test_autocast_and_bfloat16_states_give_float32_results() -> None:
+def test_under_autocast_products_are_rounded_and_sums_are_not() -> None:
     hidden, weight, tokens, mask = inputs()
-    expected, _ = token_logprobs(hidden, weight, tokens, mask)
+    expected, _ = own(hidden, weight, tokens, mask)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        values, _ = token_logprobs(hidden, weight, tokens, mask)
-    assert torch.equal(values, expected)
-    values, _ = token_logprobs(hidden.bfloat16(), weight.bfloat16(), tokens, mask)
-    reference, _ = token_logprobs(hidden.bfloat16().float(), weight.bfloat16().float(), tokens, mask)
+        values, _ = own(hidden, weight, tokens, mask)
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values, expected, atol=0.1, rtol=0)
+    assert not torch.equal(values, expected)
+    logits = (hidden.bfloat16() @ weight.bfloat16().t()).float()
+    reference = torch.log_softmax(logits, -1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(values[:, 1:][mask[:, 1:]], reference[mask[:, 1:]], atol=1e-5, rtol=0)
+
+
+def test_bfloat16_states_and_weights_give_float32_results() -> None:
+    hidden, weight, tokens, mask = inputs()
+    values, _ = own(hidden.bfloat16(), weight.bfloat16(), tokens, mask)
+    reference, _ = own(hidden.bfloat16().float(), weight.bfloat16().float(), tokens, mask)
     assert torch.equal(values, reference)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": -1.0}, {"chunk_size": 0}])
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
-        token_logprobs(*inputs(), **options)
+        own(*inputs(), **options)

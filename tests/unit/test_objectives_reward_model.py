@@ -17,7 +17,7 @@ from rlhf_ray.models.hf_weights import load_reward_model
 from rlhf_ray.objectives import pair_metrics
 from rlhf_ray.objectives.baselines import BagOfWords, length_baseline, words
 from rlhf_ray.objectives.reward_model import RewardModel, pad_right
-from rlhf_ray.runtime.train_step import World, accumulate, gather_facts
+from rlhf_ray.runtime.train_step import World, accumulate, gather_facts, step_input
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -50,7 +50,7 @@ def test_loss_is_the_mean_of_log_sigmoids_whatever_the_micro_batch(objective: Re
     scores = [[float(model(*pad_right([tokens])).detach()) for tokens in (row.chosen, row.rejected)] for row in rows]
     margins = torch.tensor([chosen - rejected for chosen, rejected in scores]) - torch.tensor([0.0, 0.0, 0.5])
     for size in (1, 2, 3):
-        loss = accumulate(objective, model, rows, World(), micro_batch_size=size)
+        loss = accumulate(objective, model, step_input(objective, rows, World(), micro_batch_size=size), World())
         assert float(loss) == pytest.approx(float(-F.logsigmoid(margins).mean()), abs=1e-5)
 
 
@@ -67,9 +67,10 @@ def test_score_does_not_depend_on_padding_or_neighbours(objective: RewardModel) 
 
 
 def test_pairs_hold_the_same_prompt_and_end_with_eos(objective: RewardModel) -> None:
-    for row in objective.dataset().train:
-        assert row.chosen[-1] == row.rejected[-1] == objective.tokenizer.eos_id
-        prompt = objective.template.prompt_ids(objective.tokenizer, row.pair.prompt)
+    template, tokenizer = objective.template, objective.tokenizer
+    prompts = [template.prompt_ids(tokenizer, pair.prompt) for pair in objective._pairs()[0]]
+    for row, prompt in zip(objective.dataset().train, prompts, strict=True):
+        assert row.chosen[-1] == row.rejected[-1] == tokenizer.eos_id
         assert row.chosen[: len(prompt)].tolist() == row.rejected[: len(prompt)].tolist() == prompt
 
 
@@ -102,7 +103,7 @@ def test_saved_model_has_mean_0_and_deviation_1_on_the_policys_samples(objective
     mean, std = pair_metrics.mean_and_std(objective.score(saved, objective._samples))
     assert mean == pytest.approx(0.0, abs=1e-5) and std == pytest.approx(1.0, abs=1e-5)
     expected = float(saved.reward_gain) * before + float(saved.reward_bias)
-    assert float(saved(*raw)) == pytest.approx(expected, abs=1e-5)
+    assert saved(*raw).item() == pytest.approx(expected, abs=1e-5)
 
     again = objective.load(tmp_path / "saved", CPU)
     assert float(again(*raw)) == before

@@ -34,6 +34,7 @@ def config(tmp_path: Path) -> SFTConfig:
         data=[tmp_path / "chats.jsonl"],
         policy=tmp_path / "policy",
         checkpoints=tmp_path / "checkpoints",
+        cache=tmp_path / "cache",
         max_length=64,
         held_out=0.2,
         packing=False,

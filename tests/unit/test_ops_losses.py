@@ -14,6 +14,7 @@ from rlhf_ray.ops.losses import (
     dpo_loss_terms,
     explained_variance,
     ipo_loss_terms,
+    log_importance,
     max_ratio,
     pair_loss_terms,
     policy_diagnostics,
@@ -54,6 +55,37 @@ def test_dual_clip_bounds_bad_tokens_alone() -> None:
     torch.testing.assert_close(policy_terms(advantages, ratios).loss, row(5.0, 1.1, -1.2), atol=1e-5, rtol=0)
     capped = policy_terms(advantages, ratios, dual_clip=3.0).loss
     torch.testing.assert_close(capped, row(3.0, 1.1, -1.2), atol=1e-5, rtol=0)
+
+
+def test_stale_rows_are_weighted_by_how_much_likelier_they_have_become() -> None:
+    """Three policies: mu sampled, pi_old began the step, pi_theta learns; A = 1."""
+    theta, old, mu = row(-1.0).requires_grad_(), row(-1.3), row(-1.5)
+    mask = all_true(old)
+    weights = log_importance(old, mu, mask).exp()
+    terms = policy_loss_terms(theta, old, row(1.0), mask, importance_weights=weights)
+    assert terms.log_ratio.exp().item() == pytest.approx(1.34986, abs=1e-5)
+    assert weights.item() == pytest.approx(1.22140, abs=1e-5)
+    assert terms.loss.item() == pytest.approx(-1.46568, abs=1e-5)
+    assert terms.clipped.item()
+    of_old = policy_loss_terms(theta, old, row(1.0), mask, importance_weights=log_importance(old, old, mask).exp())
+    assert of_old.loss.item() == policy_loss_terms(theta, old, row(1.0), mask).loss.item()  # mu = old: plain PPO
+
+
+def test_no_gradient_flows_through_the_weights_of_stale_rows() -> None:
+    theta, mu = row(-1.0, -2.0).requires_grad_(), row(-1.5, -1.0).requires_grad_()
+    mask = all_true(mu)
+    old = theta.detach().clone().requires_grad_()
+    weights = (old - mu).exp()
+    policy_loss_terms(theta, old.detach(), row(0.5, -1.0), mask, importance_weights=weights).loss.sum().backward()
+    torch.testing.assert_close(theta.grad, weights.detach() * row(-0.5, 1.0))
+    assert old.grad is None and mu.grad is None
+    assert not log_importance(old, mu, mask).requires_grad
+
+
+def test_log_importance_is_clamped_and_blind_outside_the_mask() -> None:
+    mask = torch.tensor([[True, True, False]])
+    found = log_importance(row(-1.0, 100.0, math.nan), row(-2.0, -100.0, 1e4), mask)
+    assert found.tolist() == [[1.0, 20.0, 0.0]]
 
 
 def test_log_ratio_is_clamped() -> None:
