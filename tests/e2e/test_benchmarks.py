@@ -1,0 +1,95 @@
+"""The benchmarks as a person types them: help of each, and the smallest sizes of those that need nothing installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMANDS = sorted(
+    file.name for file in (REPOSITORY / "benchmarks").glob("*.py") if "__main__" in file.read_text(encoding="utf-8")
+)
+
+
+def benchmark(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a benchmark without the real corpora."""
+    environment = {key: value for key, value in os.environ.items() if key != "RLHF_TEST_DATA"}
+    line = [sys.executable, str(REPOSITORY / "benchmarks" / name), *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+
+def quick(name: str, folder: Path) -> dict[str, Any]:
+    """The JSON of a benchmark at its smallest sizes."""
+    file = folder / "figures.json"
+    done = benchmark(name, "--quick", "--threads", "1", "--repetitions", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for row in content["rows"]:  # what is written is what is printed
+        assert f"### {row['table']}\n" in done.stdout
+    return content
+
+
+def assert_ratios(spreads: list[dict[str, float]]) -> None:
+    """Every one is a finite ratio above 0, within its extremes."""
+    assert spreads
+    for spread in spreads:
+        assert 0 < spread["low"] <= spread["median"] <= spread["high"] < math.inf
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_is_measured(name: str) -> None:
+    done = benchmark(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {name}")
+    assert len(done.stdout.split("\n\n")[1]) > 20  # the description
+
+
+def test_generation_against_transformers(tmp_path: Path) -> None:
+    content = quick("generation.py", tmp_path)
+    (row,) = content["rows"]
+    assert_ratios([row["ratio"]])
+    assert 0 < row["ours, share of the roofline"] < math.inf
+    assert content["limits"]["bytes_per_second"] > 1e8
+    assert content["machine"]["threads"] == 1
+
+
+def test_continuous_batching_against_the_longest_row(tmp_path: Path) -> None:
+    rows = quick("ragged.py", tmp_path)["rows"]
+    assert [row["way"] for row in rows] == ["continuous", "finished rows dropped", "to the longest"]
+    assert_ratios([row["continuous is faster by"] for row in rows])
+
+
+def test_tokenizer_against_its_peers(tmp_path: Path) -> None:
+    rows = quick("tokenizer.py", tmp_path)["rows"]
+    assert [row.get("library") for row in rows] == ["rlhf_ray", "tokenizers", "tiktoken", None]
+    assert_ratios([row["ours is faster by"] for row in rows[:3]])
+
+
+def test_fine_tuning_against_transformers(tmp_path: Path) -> None:
+    rows = quick("sft.py", tmp_path)["rows"]
+    assert [row[""] for row in rows] == ["ours", "transformers"]
+    assert_ratios([row["ratio"] for row in rows])
+
+
+def test_start_up_by_phase(tmp_path: Path) -> None:
+    *helps, ppo = quick("startup.py", tmp_path)["rows"]
+    assert len(helps) == len(list((REPOSITORY / "launch").glob("*.py")))
+    assert all(0 < row["lowest"] <= row["seconds"] <= row["highest"] for row in helps)
+    phases = [seconds for name, seconds in ppo.items() if name not in ("table", "rollout workers", "all")]
+    assert sum(phases) == pytest.approx(ppo["all"]) and ppo["first_step"] > 0
+
+
+def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    done = benchmark("ppo_step.py", "--quick", "--threads", "1", "--peer-python", str(bare))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and "benchmarks/requirements.txt" in done.stderr
