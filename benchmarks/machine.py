@@ -47,7 +47,7 @@ def describe() -> dict[str, Any]:
         "native_bfloat16": any(flag in text for flag in ("avx512_bf16", "amx_bf16", " bf16 ")),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "spin_count": os.environ.get("GOMP_SPINCOUNT"),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -20,8 +20,8 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Idle OpenMP threads of one worker must not burn the cores that another one computes on.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # Idle OpenMP threads of one worker must soon leave the cores to another one; see cli.py.
+    "GOMP_SPINCOUNT": "10000",
 }
 # One box needs no open ports: everything then listens on the loopback interface.
 ONE_BOX = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

@@ -1,7 +1,7 @@
 // The threads of one pass: each takes its share of every loop, and they meet between loops.
 //
 // They spin before they yield.  A pass meets a hundred times, and OpenMP's own barrier costs 50 microseconds where idle
-// threads are told to sleep, as they are where several workers share the cores.
+// threads are told to sleep soon, as they are where several workers share the cores.
 #pragma once
 
 #include <atomic>
