@@ -20,6 +20,8 @@ from torch.autograd.function import once_differentiable
 
 LIKE = 0.75
 """Documents share a grid when the shortest has this share of the longest's tokens."""
+SMALL = 2048
+"""They also share one of up to so many cells: a second attention costs more than the padding of a small one."""
 
 
 class _Take(torch.autograd.Function):
@@ -166,7 +168,7 @@ def _grids(lengths: list[int], positions: Tensor, device: torch.device | str) ->
     first = token = 0
     while first < len(lengths):
         width, last = lengths[first], first
-        while last < len(lengths) and lengths[last] >= LIKE * width:
+        while last < len(lengths) and (lengths[last] >= LIKE * width or (last + 1 - first) * width <= SMALL):
             last += 1
         tokens, documents = sum(lengths[first:last]), last - first
         cells = None

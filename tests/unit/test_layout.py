@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_ray.models import GPT2, GPT2Config
+from rlhf_ray.models import GPT2, GPT2Config, layout
 from rlhf_ray.models.layout import Layout, put, take
 from rlhf_ray.models.scoring import compute_type, row_ranges
 
@@ -17,29 +17,47 @@ def ids(*rows: str) -> Tensor:
     return torch.tensor([[int(character) for character in row] for row in rows])
 
 
+@pytest.fixture
+def many_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small grids are split too."""
+    monkeypatch.setattr(layout, "SMALL", 0)
+
+
+@pytest.mark.usefixtures("many_grids")
 def test_tokens_go_document_by_document_the_longest_first() -> None:
-    layout = Layout.of(ids("1100", "0222", "3313"))
-    assert layout.places.tolist() == [5, 6, 7, 0, 1, 8, 9, 10, 11]
-    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 0]
-    assert layout.longest == 3
-    assert [(grid.documents, grid.width, grid.tokens) for grid in layout.grids] == [(1, 3, 3), (2, 2, 4), (2, 1, 2)]
+    made = Layout.of(ids("1100", "0222", "3313"))
+    assert made.places.tolist() == [5, 6, 7, 0, 1, 8, 9, 10, 11]
+    assert made.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 0, 0]
+    assert made.longest == 3
+    assert [(grid.documents, grid.width, grid.tokens) for grid in made.grids] == [(1, 3, 3), (2, 2, 4), (2, 1, 2)]
 
 
 def test_a_document_ends_with_its_row() -> None:
-    layout = Layout.of(ids("11", "11"))
-    assert layout.positions.tolist() == [0, 1, 0, 1]
-    assert [(grid.documents, grid.width, grid.cells) for grid in layout.grids] == [(2, 2, None)]
+    made = Layout.of(ids("11", "11"))
+    assert made.positions.tolist() == [0, 1, 0, 1]
+    assert [(grid.documents, grid.width, grid.cells) for grid in made.grids] == [(2, 2, None)]
 
 
+@pytest.mark.usefixtures("many_grids")
 def test_documents_of_like_length_share_a_grid() -> None:
     lengths = torch.tensor([8, 6, 7, 5])
-    layout = Layout.of(torch.arange(8) < lengths[:, None])
-    assert [(grid.documents, grid.width, grid.tokens) for grid in layout.grids] == [(3, 8, 21), (1, 5, 5)]
-    assert layout.grids[0].cells is not None and layout.grids[1].cells is None
-    assert layout.grids[0].cells.tolist() == [*range(8), *range(8, 15), *range(16, 22)]
+    made = Layout.of(torch.arange(8) < lengths[:, None])
+    assert [(grid.documents, grid.width, grid.tokens) for grid in made.grids] == [(3, 8, 21), (1, 5, 5)]
+    assert made.grids[0].cells is not None and made.grids[1].cells is None
+    assert made.grids[0].cells.tolist() == [*range(8), *range(8, 15), *range(16, 22)]
 
 
-def test_hidden_states_are_computed_where_they_are_read_and_equal_all_of_them() -> None:
+def test_small_grids_take_documents_of_any_length() -> None:
+    lengths = torch.tensor([800, 3, 700, 90])
+    made = Layout.of(torch.arange(800) < lengths[:, None])
+    assert [(grid.documents, grid.width, grid.tokens) for grid in made.grids] == [(2, 800, 1500), (2, 90, 93)]
+
+
+@pytest.mark.parametrize("small", [0, 2048])
+def test_hidden_states_are_computed_where_they_are_read_and_equal_all_of_them(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "SMALL", small)
     torch.manual_seed(0)
     model = GPT2(CONFIG).eval()
     documents = ids("1112223000", "0044444444", "1111111111", "0000000000")
