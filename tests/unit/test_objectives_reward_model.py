@@ -106,7 +106,7 @@ def test_saved_model_has_mean_0_and_deviation_1_on_the_policys_samples(objective
     assert saved(*raw).item() == pytest.approx(expected, abs=1e-5)
 
     again = objective.load(tmp_path / "saved", CPU)
-    assert float(again(*raw)) == before
+    assert again(*raw).item() == before
 
     report = objective.report(tmp_path / "saved", torch.zeros(0, 2), objective.dataset(), CPU)
     assert abs(report.metrics["eval/fresh_mean"]) < 3 * report.metrics["eval/fresh_standard_error"]
