@@ -8,12 +8,13 @@ the others get a copy of its keys and values.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from rlhf_ray.generation.native import NativeModel
-from rlhf_ray.generation.requests import Completion, Stops, TextOf, check_requests
+from rlhf_ray.generation.requests import Completion, Engine, Stops, check_requests
 from rlhf_ray.generation.sampling import Drawn, Sampling, sample
 from rlhf_ray.models.gpt2 import GPT2
 
@@ -21,19 +22,12 @@ HEAD_ROWS = 64
 """Rows whose logits exist at once."""
 
 
-class NativeEngine:
+class NativeEngine(Engine):
     """An engine for float32 and bfloat16 weights on a CPU; ``native_problem`` says whether a model fits it."""
 
-    def __init__(
-        self, model: GPT2, *, eos_id: int, pad_id: int, max_rows: int = 64, text: TextOf | None = None
-    ) -> None:
-        """``max_rows`` bounds the rows generated at once; ``pad_id`` is not needed here."""
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
-        self.model = model
-        self.eos_id = eos_id
-        self.max_rows = max_rows
-        self.text = text
+    def __init__(self, model: GPT2, **options: Any) -> None:
+        """``options`` are those of every engine."""
+        super().__init__(model, **options)
         self._native = NativeModel(model)
         self._logits = torch.empty(0)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -29,25 +29,35 @@ class Completion:
     """The response ended by a stop token or string, not by its length."""
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Generates with a model whose weights may change between calls; one thread at a time may call it."""
 
-    model: GPT2
+    def __init__(
+        self, model: GPT2, *, eos_id: int, pad_id: int, max_rows: int = 64, text: TextOf | None = None
+    ) -> None:
+        """``max_rows`` bounds the rows generated at once; ``text`` gives the bytes of tokens, for stop strings."""
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
+        self.model = model
+        self.eos_id = eos_id
+        self.pad_id = pad_id
+        self.max_rows = max_rows
+        self.text = text
 
+    @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> list[Completion]:
         """One completion per prompt, in order, whatever order they end in.
 
         uniforms (B, >= max_new_tokens) float64 in [0, 1) decide every draw.  ValueError for an empty prompt,
         for one that leaves no room for ``max_new_tokens`` within ``n_positions``, and for too few uniforms.
         """
-        ...
 
+    @abstractmethod
     def stream(self, prompt: Sequence[int], uniforms: np.ndarray, sampling: Sampling) -> Iterator[int]:
         """The tokens of one completion as they are drawn, what it stops at included; uniforms (>= max_new_tokens,).
 
         ValueError as for ``generate``.
         """
-        ...
 
 
 class Stops:

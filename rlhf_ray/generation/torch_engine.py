@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rlhf_ray.generation.packed import pack, packable
 from rlhf_ray.generation.record import Record
-from rlhf_ray.generation.requests import Completion, Stops, TextOf, check_requests
+from rlhf_ray.generation.requests import Completion, Engine, Stops, check_requests
 from rlhf_ray.generation.sampling import Sampling, sample
 from rlhf_ray.generation.slots import ROW_BLOCK, Slots
 from rlhf_ray.models.gpt2 import GPT2
@@ -28,20 +29,12 @@ PREFILL_TOKENS = 8192
 """Tokens of one prefill pass, which bounds its memory."""
 
 
-class TorchEngine:
-    """Generates with a model whose weights may change between calls; one thread at a time may call it."""
+class TorchEngine(Engine):
+    """An engine for any model; its rows come in whole blocks of 16."""
 
-    def __init__(
-        self, model: GPT2, *, eos_id: int, pad_id: int, max_rows: int = 64, text: TextOf | None = None
-    ) -> None:
-        """``max_rows`` bounds the rows generated at once, rounded up to whole blocks of 16."""
-        if max_rows < 1:
-            raise ValueError(f"max_rows is {max_rows}; it must be at least 1")
-        self.model = model
-        self.eos_id = eos_id
-        self.pad_id = pad_id
-        self.max_rows = max_rows
-        self.text = text
+    def __init__(self, model: GPT2, **options: Any) -> None:
+        """``options`` are those of every engine."""
+        super().__init__(model, **options)
         on_cpu = model.wte.weight.device.type == "cpu"
         # A look at which rows have ended makes the host wait for a GPU, and a launch costs more there than padding.
         self.burst = 1 if on_cpu else 8

@@ -172,18 +172,3 @@ def dpo_loss_terms(h: Tensor, *, beta: float, label_smoothing: float = 0.0) -> T
 def ipo_loss_terms(h: Tensor, *, beta: float) -> Tensor:
     """IPO's loss of each pair, (B,): (h - 1 / (2 beta))^2 (Azar et al. 2023)."""
     return (h - 1.0 / (2.0 * beta)).square()
-
-
-def weighted_nll(logprobs: Tensor, weights: Tensor, mask: Tensor, *, denominator: Tensor | float) -> Tensor:
-    """SFT's loss, a scalar tensor: the sum of -w log p over mask, divided by ``denominator``.
-
-    ``logprobs`` and ``mask`` are (B, T); ``weights`` is (B, T), or (B, 1) for a weight per row.  The
-    denominator is ``weight_sum`` over every micro-batch and rank of the optimiser step, so the losses of the
-    parts add up.
-    """
-    return masked_sum(-mask_out(logprobs, mask) * weights, mask) / denominator
-
-
-def weight_sum(weights: Tensor, mask: Tensor) -> Tensor:
-    """Sum weights (B, T) or (B, 1) over mask (B, T): a scalar tensor, additive over rows."""
-    return masked_sum(weights.expand_as(mask), mask)

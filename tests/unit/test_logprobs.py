@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_ray.ops import logprobs as module
@@ -162,3 +163,42 @@ def test_bfloat16_states_and_weights_give_float32_results() -> None:
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         own(*inputs(), **options)
+
+
+def nll_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (3, 5, 7), which are states before the identity as a head, targets and mask (3, 5)."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    targets = torch.randint(7, (3, 5), generator=generator)
+    return logits, targets, torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize("weight", [1.0, 7.0])
+def test_equal_weights_give_cross_entropy(weight: float) -> None:
+    logits, targets, mask = nll_inputs()
+    weights = torch.full((int(mask.sum()),), weight)
+    loss = weighted_nll_sum(logits[mask], torch.eye(7), targets[mask], weights) / weights.sum()
+    torch.testing.assert_close(loss, F.cross_entropy(logits[mask], targets[mask]))
+
+
+def test_zero_weight_removes_a_token_and_parts_add_up() -> None:
+    logits, targets, mask = nll_inputs()
+    weights = mask.float()
+    weights[0, 2] = 0.0
+    kept = mask & (weights > 0)
+    assert weights[mask].sum() == 6.0
+    whole = weighted_nll_sum(logits[mask], torch.eye(7), targets[mask], weights[mask]) / 6.0
+    torch.testing.assert_close(whole, F.cross_entropy(logits[kept], targets[kept]))
+    parts = [
+        weighted_nll_sum(logits[i][mask[i]], torch.eye(7), targets[i][mask[i]], weights[i][mask[i]]) / 6.0
+        for i in range(3)
+    ]
+    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+
+
+def test_masked_targets_have_no_gradient() -> None:
+    logits, targets, mask = nll_inputs()
+    states = torch.where(mask[..., None], logits, torch.nan).requires_grad_()
+    weighted_nll_sum(states[mask], torch.eye(7), targets[mask], torch.full((7,), 2.0)).backward()
+    expected = 2.0 * (logits.softmax(-1) - F.one_hot(targets, 7)) * mask[..., None]
+    torch.testing.assert_close(states.grad, expected)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_ray.ops.losses import (
@@ -20,8 +19,6 @@ from rlhf_ray.ops.losses import (
     policy_diagnostics,
     policy_loss_terms,
     value_loss_terms,
-    weight_sum,
-    weighted_nll,
 )
 from rlhf_ray.ops.masked import masked_sum
 
@@ -225,45 +222,3 @@ def test_dpo_and_ipo() -> None:
     assert dpo_loss_terms(h, beta=0.1, label_smoothing=0.1).item() == pytest.approx(0.618139, abs=1e-5)
     assert dpo_loss_terms(torch.zeros(1), beta=0.1).item() == pytest.approx(0.693147, abs=1e-5)
     assert ipo_loss_terms(h, beta=0.1).item() == pytest.approx(9.0, abs=1e-5)
-
-
-def nll_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
-    targets = torch.randint(7, (3, 5), generator=generator)
-    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
-    logprobs = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    return logits, targets, mask, logprobs
-
-
-@pytest.mark.parametrize("weight", [1.0, 7.0])
-def test_equal_weights_give_cross_entropy(weight: float) -> None:
-    logits, targets, mask, logprobs = nll_inputs()
-    weights = torch.full((3, 1), weight, dtype=torch.float64)
-    loss = weighted_nll(logprobs, weights, mask, denominator=weight_sum(weights, mask))
-    torch.testing.assert_close(loss, F.cross_entropy(logits[mask], targets[mask]))
-
-
-def test_zero_weight_removes_a_token_and_parts_add_up() -> None:
-    logits, targets, mask, logprobs = nll_inputs()
-    weights = torch.ones(3, 5, dtype=torch.float64)
-    weights[0, 2] = 0.0
-    denominator = weight_sum(weights, mask)
-    assert denominator.item() == 6.0
-    kept = mask & (weights > 0)
-    whole = weighted_nll(logprobs, weights, mask, denominator=denominator)
-    torch.testing.assert_close(whole, F.cross_entropy(logits[kept], targets[kept]))
-    parts = [
-        weighted_nll(logprobs[i : i + 1], weights[i : i + 1], mask[i : i + 1], denominator=denominator)
-        for i in range(3)
-    ]
-    torch.testing.assert_close(torch.stack(parts).sum(), whole)
-
-
-def test_masked_targets_have_no_gradient() -> None:
-    _, _, mask, logprobs = nll_inputs()
-    logprobs = torch.where(mask, logprobs, torch.nan).requires_grad_()
-    weights = torch.where(mask, 2.0, torch.nan).double()
-    weighted_nll(logprobs, weights, mask, denominator=weight_sum(weights, mask)).backward()
-    assert logprobs.grad is not None
-    torch.testing.assert_close(logprobs.grad, -mask.double() / mask.sum())
