@@ -12,7 +12,7 @@ from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.checkpoint import CheckpointStore, RunLock, load_tree
 from rlhf_ray.config import PPOConfig, repository_path
 from rlhf_ray.crews import DTYPES, crews
-from rlhf_ray.generation.native import build_problem
+from rlhf_ray.native import build_problem
 from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.ppo_inputs import Inputs, read_inputs
 from rlhf_ray.rl_run import RLRun

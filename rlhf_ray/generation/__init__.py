@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlhf_ray.generation.native import native_problem
 from rlhf_ray.generation.native_engine import NativeEngine
+from rlhf_ray.generation.native_model import native_problem
 from rlhf_ray.generation.requests import Completion, Engine, TextOf
 from rlhf_ray.generation.sampling import Sampling, row_uniforms, sample
 from rlhf_ray.generation.torch_engine import TorchEngine

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf_ray.generation.native import NativeModel
+from rlhf_ray.generation.native_model import NativeModel
 from rlhf_ray.generation.requests import Completion, Engine, Stops, check_requests
 from rlhf_ray.generation.sampling import Drawn, Sampling, sample
 from rlhf_ray.models.gpt2 import GPT2

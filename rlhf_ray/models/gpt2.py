@@ -1,9 +1,9 @@
 """GPT-2 (Radford et al. 2019): pre-norm blocks, tanh GELU, learned positions, tied embedding.
 
 ``states`` is the forward pass: hidden states of real tokens alone, as (N, D), where a ``Layout`` asks for them.
-Generation passes (B, T, D) through the same blocks with a cache.  Either way attention is one kind of call,
-``scaled_dot_product_attention``, which the layout or the cache makes on what the blocks hand it.  Parameters carry
-GPT-2's own names; projections are ``nn.Linear``, so a Hugging Face folder stores them transposed.
+Generation passes (B, T, D) through the same blocks with a cache.  Either way the layout or the cache attends with what
+the blocks hand it.  Parameters carry GPT-2's own names; projections are ``nn.Linear``, so a Hugging Face folder stores
+them transposed.
 
 Left out on purpose: cross attention, attention scaled by layer, and a language-model head of its own (the
 embedding is the head).
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rlhf_ray.models.kv_cache import CacheStep, KVCache
 from rlhf_ray.models.layout import Layout, take
+from rlhf_ray.native import training
 from rlhf_ray.ops.logprobs import head_logits
 
 INIT_STD = 0.02
@@ -96,6 +97,14 @@ class Attention(nn.Module):
         return F.dropout(self.c_proj(seen), self.dropout, self.training)
 
 
+class GELU(nn.Module):
+    """The tanh GELU, by the compiled library where that serves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape."""
+        return training.gelu(x) if training.serves(x) else F.gelu(x, approximate="tanh")
+
+
 class MLP(nn.Module):
     """Two projections around a tanh GELU, four times as wide as the residual stream."""
 
@@ -103,7 +112,7 @@ class MLP(nn.Module):
         super().__init__()
         self.dropout = config.dropout
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.act: nn.Module = nn.GELU(approximate="tanh")
+        self.act: nn.Module = GELU()
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,22 +1,25 @@
 """Where the real tokens of a batch are, so that nothing is computed on padding.
 
-Everything but attention works on the N real tokens as (N, D).  Attention alone needs documents as rows: they are
-put into right-padded grids of documents of like length, where plain causality suffices, because no token sees
-what comes after it.  Grids that documents fill are views.
+Everything but attention works on the N real tokens as (N, D).  Attention takes documents one behind the other where
+the compiled library serves (``native/attention.cpp``).  Elsewhere it needs documents as rows: they are put into
+right-padded grids of documents of like length, where plain causality suffices, because no token sees what comes after
+it.  Grids that documents fill are views.
 
 A layout is worked out on the host, from masks that live there if they can: a mask on a GPU costs one wait.
-Left out on purpose: attention kernels that take documents of any length, which CPUs lack.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rlhf_ray.native import training
 
 LIKE = 0.75
 """Documents share a grid when the shortest has this share of the longest's tokens."""
@@ -89,7 +92,7 @@ class Grid:
         return out if self.cells is None else take(out, self.cells)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """The N real tokens of a (B, T) batch, document by document, the longest first."""
 
@@ -99,10 +102,8 @@ class Layout:
     """(N,) int64: each token's place in the batch as (B * T,)."""
     positions: Tensor
     """(N,) int64: each token's position in its document."""
-    longest: int
-    """Tokens of the longest document."""
-    grids: tuple[Grid, ...]
-    """The documents, in order."""
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
     read: Tensor | None
     """(n,) int64: which of the N hidden states are asked for, by their places; None asks for all, in order."""
 
@@ -126,15 +127,28 @@ class Layout:
         by_length = lengths.argsort(descending=True, stable=True)
         order = by_length.argsort()[document].argsort(stable=True)  # (N,)
         places, positions = places[order], (places - starts[document])[order]
-        grids = _grids(lengths[by_length].tolist(), positions, device)
         return cls(
             shape=(B, T),
             places=places.to(device, non_blocking=True),
             positions=positions.to(device, non_blocking=True),
-            longest=grids[0].width if grids else 0,
-            grids=grids,
+            lengths=tuple(lengths[by_length].tolist()),
             read=None if read is None else _find(read.cpu().flatten(), places).to(device, non_blocking=True),
         )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(documents + 1,) int64 on the CPU: document i is the tokens from bounds[i] to bounds[i + 1]."""
+        return torch.tensor([0, *self.lengths]).cumsum(0)
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        """The documents, in order."""
+        return _grids(self.lengths, self.positions)
 
     def flat(self, x: Tensor) -> Tensor:
         """What x (B, T) holds of each token: (N,)."""
@@ -147,6 +161,8 @@ class Layout:
 
     def attend(self, layer: int, qkv: Tensor, dropout: float) -> Tensor:
         """Causal attention inside every document, the same in every layer: (N, 3, H, d) -> (N, H, d)."""
+        if training.serves(qkv) and qkv.shape[-1] % training.LANES == 0 and not dropout:
+            return training.attention(qkv, self.bounds)
         if len(self.grids) == 1:
             return self.grids[0].attend(qkv, dropout)
         parts = qkv.split([grid.tokens for grid in self.grids])
@@ -162,7 +178,7 @@ def _find(read: Tensor, places: Tensor) -> Tensor:
     return found
 
 
-def _grids(lengths: list[int], positions: Tensor, device: torch.device | str) -> tuple[Grid, ...]:
+def _grids(lengths: tuple[int, ...], positions: Tensor) -> tuple[Grid, ...]:
     """Grids of documents of falling lengths, whose tokens have the given positions (N,)."""
     grids = []
     first = token = 0
@@ -174,7 +190,8 @@ def _grids(lengths: list[int], positions: Tensor, device: torch.device | str) ->
         cells = None
         if tokens < documents * width:
             row = torch.arange(documents).repeat_interleave(torch.tensor(lengths[first:last]))  # (tokens,)
-            cells = (row * width + positions[token : token + tokens]).to(device, non_blocking=True)
+            starts = (row * width).to(positions.device, non_blocking=True)
+            cells = starts + positions[token : token + tokens]
         grids.append(Grid(tokens=tokens, documents=documents, width=width, cells=cells))
         first, token = last, token + tokens
     return tuple(grids)

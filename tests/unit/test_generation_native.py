@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from rlhf_ray.generation import Sampling, make_engine
-from rlhf_ray.generation.native import NativeModel, NativeUnavailableError, build, native_problem
+from rlhf_ray.generation.native_model import NativeModel, native_problem
 from rlhf_ray.generation.torch_engine import TorchEngine
 from rlhf_ray.models import GPT2, GPT2Config
+from rlhf_ray.native import NativeUnavailableError, build
 
 CONFIG = GPT2Config(vocab_size=50, n_positions=40, n_embd=32, n_layer=2, n_head=2)
 compile_again = build.library.__wrapped__

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_ray.generation import Sampling, native_problem, row_uniforms, sample
-from rlhf_ray.generation.native import NativeModel
+from rlhf_ray.generation.native_model import NativeModel
 from rlhf_ray.models import GPT2, GPT2Config
 
 NEAR_ONE = 1 - 2**-53

@@ -32,7 +32,7 @@ void draw_row(const float* logits, int64_t V, float inverse, double uniform, int
         if (c <= banned && banned < c + LANES) z[banned - c] = top;
         best = largest(best, z);
     }
-    for (int i = 0; i < LANES; ++i) top = std::max(top, best[i]);
+    top = std::max(top, largest(best));
     for (; c < V; ++c) if (c != banned) top = std::max(top, logits[c]);
 
     const int64_t blocks = (V + BLOCK - 1) / BLOCK;

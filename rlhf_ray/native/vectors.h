@@ -33,11 +33,21 @@ inline void put(bf16* p, float x) {  // to nearest, ties to even
     uint32_t bits; std::memcpy(&bits, &x, sizeof bits);
     p->bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
-inline float sum(v16 x) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += x[i];
-    return total;
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
+inline v8 low(v16 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline v8 high(v16 x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+inline v4 low(v8 x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+inline v4 high(v8 x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+// All sixteen by pairs, halves first.
+template <class F> inline float fold(v16 x, F f) {
+    const v8 eight = f(low(x), high(x));
+    const v4 four = f(low(eight), high(eight));
+    const v4 two = f(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+    return f(two, __builtin_shufflevector(two, two, 1, 1, 1, 1))[0];
 }
+inline float sum(v16 x) { return fold(x, [](auto a, auto b) { return a + b; }); }
+inline float largest(v16 x) { return fold(x, [](auto a, auto b) { return a > b ? a : b; }); }
 inline v16 largest(v16 a, v16 b) { return a > b ? a : b; }
 inline v16 smallest(v16 a, v16 b) { return a < b ? a : b; }
 

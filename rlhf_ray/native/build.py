@@ -21,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 HEADERS = ("vectors.h", "team.h")
-SOURCES = ("forward.cpp", "draw.cpp")
+SOURCES = ("forward.cpp", "draw.cpp", "attention.cpp", "gelu.cpp")
 FLAGS = (
     *("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp"),
     *("-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"),

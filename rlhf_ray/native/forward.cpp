@@ -110,8 +110,7 @@ void attend(const float* q, const S* keys, const S* values, int64_t n, int64_t d
     for (int64_t c = n; c < columns; ++c) scores[c] = -std::numeric_limits<float>::infinity();
     v16 top = load(scores);
     for (int64_t c = LANES; c < columns; c += LANES) top = largest(top, load(scores + c));
-    float peak = top[0];
-    for (int i = 1; i < LANES; ++i) peak = std::max(peak, top[i]);
+    const float peak = largest(top);
     v16 mass{};
     for (int64_t c = 0; c < columns; c += LANES) {
         const v16 p = exponential(load(scores + c) - peak);

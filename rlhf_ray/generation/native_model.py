@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlhf_ray.generation.native.build import build_problem, library
 from rlhf_ray.models.gpt2 import GPT2, Block
 from rlhf_ray.models.kv_cache import COLUMN_BLOCK, round_up
+from rlhf_ray.native import build_problem, library
 
 LANES = 16
 """Floats of one vector: widths are multiples of it."""
