@@ -1,6 +1,7 @@
 """Tokens per second of the engine beside transformers' generate: same process, weights, prompts and threads.
 
     python benchmarks/generation.py --sizes mini_xl --batches 1,8,32,64 --json generation.json
+    python benchmarks/generation.py --device cuda --batches 256 --dtypes bfloat16
 
 Rows draw from the full softmax and never end early.  The share of the roofline is the least time over the time
 taken: a decode step reads the weights once and every row's cache once, or does its multiplications, whichever takes
@@ -10,6 +11,7 @@ longer at the limits measured here; a prompt's multiplications come on top.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -92,17 +94,27 @@ def measure(report: Report, size: str, batch: int) -> tuple[list[Row], Row]:
     return rows, {**compared, "ratio": ratio(times[fastest], times[rival])}
 
 
+def choose_device(name: str) -> None:
+    """Let everything that is measured find this device; the program ends where it is absent."""
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a GPU
+    if name == "cuda" and device().type == "cpu":
+        raise SystemExit("error: --device cuda: torch sees no CUDA device here; take auto or cpu")
+
+
 def main() -> None:
     """Measure every size and batch."""
     options_of = parser(__doc__ and __doc__.splitlines()[0])
     options_of.add_argument("--sizes", type=words, default=["mini_xl"], help=f"among {', '.join(SIZES)}")
     options_of.add_argument("--dtypes", type=words, default=["float32", "bfloat16"])
+    options_of.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="auto: CUDA if any")
     options_of.add_argument("--engine", default="auto", help="auto, native or torch")
     options_of.add_argument("--batches", type=numbers, default=[1, 8, 32, 64])
     options_of.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
     options_of.add_argument("--new", type=int, default=128, help="tokens of a response")
     options = options_of.parse_args()
     shrink(options, sizes=["tiny"], dtypes=["float32"], batches=[2], prompt=8, new=8)
+    choose_device(options.device)
     report = Report("generation", options, limits=options.dtypes)
     cases = [measure(report, size, batch) for size in options.sizes for batch in options.batches]
     report.table(

@@ -82,9 +82,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     for name, default in {"batch": 32, "prompt": 64, "new": 128, "threads": 2, "repetitions": 3}.items():
         parser.add_argument("--" + name, type=int, default=default)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found, choices=["cpu", "cuda"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = options.device
     model = random_model(options.size).to(device, getattr(torch, options.dtype))
     ids = torch.randint(0, SIZES[options.size][3], (options.batch, options.prompt), device=device)
     times = []
@@ -94,7 +96,7 @@ def main() -> None:
         times.append(time.perf_counter() - start)
         assert out.shape == (options.batch, options.prompt + options.new)
     rate = options.batch * options.new / statistics.median(times[1:])
-    print(json.dumps({"peer": "transformers", "device": device, **vars(options), "tokens_per_s": round(rate, 1)}))
+    print(json.dumps({"peer": "transformers", **vars(options), "tokens_per_s": round(rate, 1)}))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,15 @@ from rlhf_ray.generation.requests import Completion, Stops
 from rlhf_ray.generation.sampling import Sampling
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Record:
-    """Draws of N rows, flattened to (N + 1) * budget; the spare row serves free slots."""
+    """Draws of up to N rows, flattened to (N + 1) * budget; the spare row serves free slots.
 
-    budget: int
+    What a call leaves behind stays until the next one writes over it.
+    """
+
+    sampling: Sampling
+    """Its ``max_new_tokens`` are the budget."""
     uniforms: Tensor
     """float64: decides each draw."""
     tokens: Tensor
@@ -25,32 +29,49 @@ class Record:
     """float32."""
     log_kept: Tensor
     """float32."""
-    stop_ids: Tensor
-    """(n,) int64."""
+    stops: Tensor
+    """(V,) bool: True on tokens that end a row."""
 
     @classmethod
-    def empty(cls, uniforms: np.ndarray, stops: Stops, device: torch.device) -> Record:
-        """For uniforms (N, budget)."""
-        N, budget = uniforms.shape
-        draws = torch.zeros(N + 1, budget, dtype=torch.float64)
-        draws[:N] = torch.from_numpy(np.ascontiguousarray(uniforms))
-        draws = draws.view(-1).to(device)
+    def empty(cls, rows: int, sampling: Sampling, stop_ids: np.ndarray, embedding: Tensor) -> Record:
+        """For up to so many rows of a model with this embedding (V, D), on its device."""
+        draws = embedding.new_zeros((rows + 1) * sampling.max_new_tokens, dtype=torch.float64)
+        ends = np.isin(np.arange(len(embedding)), stop_ids)  # (V,)
         return cls(
-            budget=budget,
+            sampling=sampling,
             uniforms=draws,
             tokens=torch.zeros_like(draws, dtype=torch.int64),
             logprobs=torch.zeros_like(draws, dtype=torch.float32),
             log_kept=torch.zeros_like(draws, dtype=torch.float32),
-            stop_ids=torch.from_numpy(stops.ids).to(device),
+            stops=torch.from_numpy(ends).to(embedding.device),
         )
 
-    def completions(self, stops: Stops, sampling: Sampling) -> list[Completion]:
-        """Each row, cut after what stops it."""
-        rows = (x[: -self.budget].view(-1, self.budget).tolist() for x in (self.tokens, self.logprobs, self.log_kept))
+    @property
+    def spare(self) -> int:
+        """Where the spare row begins."""
+        return len(self.tokens) - self.sampling.max_new_tokens
+
+    def holds(self, rows: int) -> bool:
+        """Whether there is room for so many rows."""
+        return self.spare >= rows * self.sampling.max_new_tokens
+
+    def begin(self, uniforms: np.ndarray) -> None:
+        """Take the uniforms (N, >= budget) of the next rows."""
+        draws = np.ascontiguousarray(uniforms[:, : self.sampling.max_new_tokens])
+        self.uniforms[: draws.size] = torch.from_numpy(draws).view(-1).to(self.uniforms.device)
+
+    def said(self) -> Tensor:
+        """(N, budget) the tokens so far, on the host."""
+        return self.tokens.view(-1, self.sampling.max_new_tokens).cpu()
+
+    def completions(self, rows: int, stops: Stops) -> list[Completion]:
+        """Each of the first rows, cut after what stops it."""
+        budget, minimum = self.sampling.max_new_tokens, self.sampling.min_new_tokens
+        drawn = (x[: rows * budget].view(rows, budget).tolist() for x in (self.tokens, self.logprobs, self.log_kept))
         made = []
-        for tokens, logprobs, log_kept in zip(*rows, strict=True):
-            stop = stops.end(tokens, sampling.min_new_tokens)
-            end = stop or self.budget
+        for tokens, logprobs, log_kept in zip(*drawn, strict=True):
+            stop = stops.end(tokens, minimum)
+            end = stop or budget
             made.append(
                 Completion(
                     tokens=tokens[:end],

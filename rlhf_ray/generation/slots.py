@@ -9,6 +9,8 @@ Left out on purpose: the model and the sampling, which are the engine's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -17,19 +19,26 @@ from rlhf_ray.models.kv_cache import KVCache, round_up
 ROW_BLOCK = 16
 FREE = -1
 
+Whole = Callable[[int, int], int]
+"""(n, block) -> at least n, in whole blocks."""
+
+
+def doubled(n: int, block: int) -> int:
+    """The smallest block, doubled as often as it takes, that is at least n: a few sizes serve every n."""
+    return block << (max(1, round_up(n, block) // block) - 1).bit_length()
+
 
 class Slots:
-    """R slots over one cache.
+    """R slots over one cache, in the same memory for as long as they live.
 
-    Outputs are addressed as prompt * budget + tokens so far; free slots write to a spare row after the last
-    prompt.
+    Outputs are addressed as prompt * budget + tokens so far; free slots write to a spare row.
     """
 
-    def __init__(self, cache: KVCache, *, prompts: int, budget: int) -> None:
+    def __init__(self, cache: KVCache, whole: Whole = round_up) -> None:
+        """``whole`` says how many slots a step computes so that n fit."""
         R, device = len(cache.lengths), cache.lengths.device
         self.cache = cache
-        self.budget = budget
-        self.spare = prompts * budget
+        self.budget = self.spare = 0
         self.active = R
         """Slots that a step computes: whole blocks that hold every busy slot."""
         self.prompt = np.full(R, FREE)
@@ -37,8 +46,14 @@ class Slots:
         self.left = np.zeros(R, dtype=np.int64)
         self.busy = torch.zeros(R, 1, dtype=torch.bool, device=device)
         self.last = torch.zeros(R, dtype=torch.int64, device=device)  # token to feed next
-        self.index = torch.full((R,), self.spare, dtype=torch.int64, device=device)  # where the next goes
-        self.done = torch.zeros(R, dtype=torch.bool, device=device)  # EOS was drawn
+        self.index = torch.zeros(R, dtype=torch.int64, device=device)  # where the next goes
+        self.done = torch.zeros(R, dtype=torch.bool, device=device)  # a stop token was drawn
+        self._whole = whole
+
+    def reset(self, *, budget: int, spare: int) -> None:
+        """Free every slot; ``spare`` is the address of the spare row."""
+        self.budget, self.spare = budget, spare
+        self._release(np.arange(len(self.prompt)))
 
     @property
     def taken(self) -> np.ndarray:
@@ -50,16 +65,10 @@ class Slots:
         """(n,) the free slots, ascending."""
         return np.flatnonzero(self.prompt == FREE)
 
-    def view(self) -> KVCache:
-        """The cache of the active slots, with the tightest known length."""
-        cache = self.cache.first(self.active)
-        cache.longest = int(self.lengths.max())
-        return cache
-
     def start(self, slots: np.ndarray, prompts: np.ndarray, lengths: np.ndarray, last: np.ndarray) -> None:
         """Give slots (n,) to prompts (n,): their rows hold lengths (n,) tokens, ``last`` (n,) is fed next."""
         self.prompt[slots], self.lengths[slots], self.left[slots] = prompts, lengths, self.budget
-        self.active = round_up(int(self.taken[-1]) + 1, ROW_BLOCK)
+        self.active = self._size(int(self.taken[-1]) + 1)
         where = self._tensor(slots)
         self.cache.lengths[where] = self._tensor(lengths)
         self.busy[where] = True
@@ -80,7 +89,7 @@ class Slots:
     def compact(self) -> None:
         """Move busy slots to the front when that saves a block of rows."""
         taken = self.taken
-        active = round_up(len(taken), ROW_BLOCK)
+        active = self._size(len(taken))
         if active >= self.active:
             return
         source = taken[taken >= active]
@@ -95,6 +104,9 @@ class Slots:
                 array[target] = array[source]
             self._release(source)
         self.active = active
+
+    def _size(self, n: int) -> int:
+        return min(self._whole(n, ROW_BLOCK), len(self.prompt))
 
     def _release(self, slots: np.ndarray) -> None:
         self.prompt[slots], self.lengths[slots], self.left[slots] = FREE, 0, 0

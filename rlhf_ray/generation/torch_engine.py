@@ -4,29 +4,56 @@ A prompt is prefilled up to its last token; that token and every drawn one then 
 step, so there is one place where tokens are drawn.  Slots whose row has ended are given to waiting prompts;
 when none wait, the batch shrinks.  A row's tokens depend on its prompt, its uniforms and the weights alone.
 
-Left out on purpose: CUDA graphs, paging, prefix sharing and speculative decoding.
+Left out on purpose: paging, prefix sharing and speculative decoding.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from rlhf_ray.generation.decode import DecodeStep
+from rlhf_ray.generation.graphs import Graphs
 from rlhf_ray.generation.packed import pack, packable
 from rlhf_ray.generation.record import Record
 from rlhf_ray.generation.requests import Completion, Engine, Stops, check_requests
-from rlhf_ray.generation.sampling import Sampling, sample
-from rlhf_ray.generation.slots import ROW_BLOCK, Slots
+from rlhf_ray.generation.sampling import Sampling
+from rlhf_ray.generation.slots import ROW_BLOCK, Slots, Whole, doubled
 from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.kv_cache import COLUMN_BLOCK, KVCache, round_up
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill pass, which bounds its memory."""
+
+Run = Callable[[int, int], None]
+"""``DecodeStep.run``, or what stands for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grain:
+    """How coarsely a device's work is cut: whatever is chosen, the rows stay what they are but for rounding."""
+
+    burst: int
+    """Decode steps between two looks at which rows have ended, where the host waits for the device."""
+    prefill: int
+    """Prefill widths are whole multiples of it."""
+    columns: int
+    """A decode step reads the cache in whole multiples of it."""
+    whole: Whole
+    """Rounds up numbers of rows, and the columns that are allocated."""
+    graphs: bool
+    """Decode steps are CUDA graphs, one for every number of rows and of columns."""
+
+
+FINE = Grain(burst=1, prefill=COLUMN_BLOCK, columns=COLUMN_BLOCK, whole=round_up, graphs=False)
+"""For a CPU, where padding costs more than a launch and a look."""
+COARSE = Grain(burst=8, prefill=128, columns=64, whole=doubled, graphs=True)
+"""For a GPU."""
 
 
 class TorchEngine(Engine):
@@ -35,15 +62,12 @@ class TorchEngine(Engine):
     def __init__(self, model: GPT2, **options: Any) -> None:
         """``options`` are those of every engine."""
         super().__init__(model, **options)
-        on_cpu = model.wte.weight.device.type == "cpu"
-        # A look at which rows have ended makes the host wait for a GPU, and a launch costs more there than padding.
-        self.burst = 1 if on_cpu else 8
-        """Decode steps between two looks at which rows have ended."""
-        self.width_block = COLUMN_BLOCK if on_cpu else 128
-        """Prefill widths are whole multiples of it."""
+        self.grain = COARSE if model.wte.weight.is_cuda else FINE
         self._runner: GPT2 | None = None
         self._stamp: list[tuple[int, int, int]] = []
-        self._cache: KVCache | None = None
+        self._slots: Slots | None = None
+        self._record: Record | None = None
+        self._run: Run | None = None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling) -> list[Completion]:
@@ -51,10 +75,11 @@ class TorchEngine(Engine):
         check_requests(prompts, uniforms, sampling, self.model.config.n_positions)
         if not prompts:
             return []
-        model, stops = self._current(), Stops(sampling, self.eos_id, self.text)
-        N, budget = len(prompts), sampling.max_new_tokens
-        record = Record.empty(uniforms[:, :budget], stops, self.model.wte.weight.device)
-        slots = Slots(self._allocate(N, max(map(len, prompts)) + budget), prompts=N, budget=budget)
+        stops, N = Stops(sampling, self.eos_id, self.text), len(prompts)
+        model = self._current()
+        slots, record, run = self._prepare(model, N, max(map(len, prompts)) + sampling.max_new_tokens, stops, sampling)
+        record.begin(uniforms)
+        slots.reset(budget=sampling.max_new_tokens, spare=record.spare)
         refill_at = max(1, len(slots.prompt) // 8)
         waiting = 0  # first prompt without a slot
         while waiting < N or len(slots.taken):
@@ -64,12 +89,14 @@ class TorchEngine(Engine):
                 waiting += len(chosen)
             elif waiting == N:
                 slots.compact()
-            steps = min(self.burst, int(slots.left[slots.taken].min()))
-            self._decode(model, slots, steps, record, sampling)
+            steps = min(self.grain.burst, int(slots.left[slots.taken].min()))
+            longest = int(slots.lengths.max())
+            for length in range(longest + 1, longest + steps + 1):
+                run(slots.active, self._reach(slots, length))
             if stops.strings:
-                self._stop_at_strings(slots, steps, record, stops, sampling)
+                self._stop_at_strings(slots, steps, record, stops)
             slots.stepped(steps)
-        return record.completions(stops, sampling)
+        return record.completions(N, stops)
 
     @torch.inference_mode()
     def stream(self, prompt: Sequence[int], uniforms: np.ndarray, sampling: Sampling) -> Iterator[int]:
@@ -78,33 +105,31 @@ class TorchEngine(Engine):
         A row alone is not padded to a block: its logits may differ from ``generate``'s in the last bits.
         """
         check_requests([prompt], uniforms[None], sampling, self.model.config.n_positions)
-        model, device = self._current(), self.model.wte.weight.device
-        stops, said = Stops(sampling, self.eos_id, self.text), list[int]()
-        banned_ids = torch.from_numpy(stops.ids).to(device)
-        cache = self._new_cache(1, len(prompt) + sampling.max_new_tokens)
-        tokens = torch.tensor([prompt], dtype=torch.int64, device=device)
-        if len(prompt) > 1:
-            model(tokens[:, :-1], cache=cache)
-        last = tokens[:, -1]  # (1,)
-        draws = torch.from_numpy(np.ascontiguousarray(uniforms)).to(device)
-        for t in range(sampling.max_new_tokens):
-            logits = model.logits(model(last[:, None], cache=cache)[:, 0])  # (1, V)
-            young = torch.tensor([t + 1 < sampling.min_new_tokens], device=device)
-            banned = _ban(logits, young, banned_ids, sampling)
-            last = sample(logits, draws[t : t + 1], sampling, banned=banned).tokens
-            said.append(int(last))
+        stops, budget = Stops(sampling, self.eos_id, self.text), sampling.max_new_tokens
+        step = DecodeStep(
+            model=self._current(),
+            slots=Slots(self._new_cache(1, len(prompt) + budget)),
+            record=Record.empty(1, sampling, stops.ids, self.model.wte.weight),
+        )
+        step.record.begin(uniforms[None])
+        step.slots.reset(budget=budget, spare=step.record.spare)
+        self._prefill(step.model, step.slots, np.array([0]), [prompt], 0)
+        said = list[int]()
+        for t in range(budget):
+            step.run(1, self._reach(step.slots, len(prompt) + t))
+            said.append(int(step.record.tokens[t]))
             yield said[-1]
             if stops.end(said[-1:], 1) or (t + 1 >= sampling.min_new_tokens and stops.completes(said)):
                 return
 
     def _current(self) -> GPT2:
-        """The model in the form that runs fastest here, made anew when a weight has changed since."""
-        stamp = [(id(p), p.data_ptr(), p._version) for p in self.model.parameters()]
+        """The model in the form that runs fastest here, made anew when weights that it holds copies of have changed."""
+        copied = packable(self.model)
+        stamp = [(id(p), p.data_ptr(), p._version if copied else 0) for p in self.model.parameters()]
         if self._runner is None or stamp != self._stamp:
             shared = {id(p): p for p in self.model.parameters()}
-            same = not packable(self.model)
-            self._runner = copy.deepcopy(self.model, shared).eval() if same else pack(self.model)
-            self._stamp = stamp
+            self._runner = pack(self.model) if copied else copy.deepcopy(self.model, shared).eval()
+            self._stamp, self._run = stamp, None
         return self._runner
 
     def _new_cache(self, rows: int, capacity: int) -> KVCache:
@@ -119,23 +144,27 @@ class TorchEngine(Engine):
             dtype=weight.dtype,
         )
 
-    def _allocate(self, prompts: int, capacity: int) -> KVCache:
-        """An empty cache for the rows that may run at once, in the last call's memory when that suffices."""
-        rows = round_up(min(prompts, self.max_rows), ROW_BLOCK)
-        old, weight = self._cache, self.model.wte.weight
-        if (
-            old is None
-            or old.capacity < capacity
-            or len(old.lengths) < rows
-            or old.keys.dtype != weight.dtype
-            or old.keys.device != weight.device
-        ):
-            self._cache = old = None  # freed before its successor is allocated
-            self._cache = old = self._new_cache(rows, capacity)
-        cache = old.first(rows)
-        cache.lengths.zero_()
-        cache.longest = 0
-        return cache
+    def _prepare(
+        self, model: GPT2, prompts: int, capacity: int, stops: Stops, sampling: Sampling
+    ) -> tuple[Slots, Record, Run]:
+        """Memory for so many prompts, and the step in it: those of the last call where they suffice."""
+        weight, whole = model.wte.weight, self.grain.whole
+        rows = min(whole(min(prompts, self.max_rows), ROW_BLOCK), round_up(self.max_rows, ROW_BLOCK))
+        if self._slots is None or not self._slots.cache.suits(rows, capacity, weight):
+            self._slots = self._record = self._run = None  # freed before their successors are allocated
+            capacity = min(whole(capacity, COLUMN_BLOCK), self.model.config.n_positions)
+            self._slots = Slots(self._new_cache(rows, capacity), whole)
+        if self._record is None or self._record.sampling != sampling or not self._record.holds(prompts):
+            self._record = self._run = None
+            self._record = Record.empty(whole(prompts, ROW_BLOCK), sampling, stops.ids, weight)
+        if self._run is None:
+            step = DecodeStep(model=model, slots=self._slots, record=self._record)
+            self._run = Graphs(step).run if self.grain.graphs else step.run
+        return self._slots, self._record, self._run
+
+    def _reach(self, slots: Slots, length: int) -> int:
+        """How far a step reads when the longest row comes to have this length."""
+        return min(round_up(length, self.grain.columns), slots.cache.capacity, self.model.config.n_positions)
 
     def _prefill(
         self,
@@ -148,7 +177,7 @@ class TorchEngine(Engine):
         """Start the prompts from ``first`` on in the chosen slots; their last tokens are yet to be fed."""
         device = slots.last.device
         lengths = np.array([len(prompts[first + i]) - 1 for i in range(len(chosen))])
-        widths = -(-lengths // self.width_block) * self.width_block
+        widths = -(-lengths // self.grain.prefill) * self.grain.prefill
         widths = np.minimum(widths, min(self.model.config.n_positions, slots.cache.capacity))
         for width in np.unique(widths[widths > 0]):
             # Rows of one width pass together: attention then sums a row's columns as it would for the row alone.
@@ -162,39 +191,12 @@ class TorchEngine(Engine):
         last = np.array([prompts[first + i][-1] for i in range(len(chosen))])
         slots.start(chosen, np.arange(first, first + len(chosen)), lengths, last)
 
-    def _decode(self, model: GPT2, slots: Slots, steps: int, record: Record, sampling: Sampling) -> None:
-        """Draw ``steps`` tokens for every busy slot; the device is never waited for."""
-        cache, n = slots.view(), slots.active
-        busy, last, index, done = slots.busy[:n], slots.last[:n], slots.index[:n], slots.done[:n]
-        for _ in range(steps):
-            logits = model.logits(model(last[:, None], attention_mask=busy, cache=cache)[:, 0])  # (n, V)
-            young = index % slots.budget + 1 < sampling.min_new_tokens
-            banned = _ban(logits, young, record.stop_ids, sampling)
-            drawn = sample(logits, record.uniforms[index], sampling, banned=banned)
-            record.tokens[index] = drawn.tokens
-            record.logprobs[index] = drawn.logprobs
-            record.log_kept[index] = drawn.log_kept
-            last.copy_(drawn.tokens)
-            done |= (drawn.tokens[:, None] == record.stop_ids).any(1)
-            index += busy[:, 0]
-
-    def _stop_at_strings(self, slots: Slots, steps: int, record: Record, stops: Stops, sampling: Sampling) -> None:
+    def _stop_at_strings(self, slots: Slots, steps: int, record: Record, stops: Stops) -> None:
         """Mark the slots whose text has come to hold a stop string within the last ``steps`` tokens."""
-        budget, tokens = slots.budget, record.tokens.view(-1, slots.budget).cpu()
+        tokens, minimum = record.said(), record.sampling.min_new_tokens
         for slot in slots.taken:
-            count = budget - int(slots.left[slot]) + steps
+            count = slots.budget - int(slots.left[slot]) + steps
             said = tokens[slots.prompt[slot], :count].tolist()
-            ends = (
-                stops.completes(said[:t]) for t in range(max(count - steps + 1, sampling.min_new_tokens), count + 1)
-            )
+            ends = (stops.completes(said[:t]) for t in range(max(count - steps + 1, minimum), count + 1))
             if any(ends):
                 slots.done[slot] = True
-
-
-def _ban(logits: Tensor, young: Tensor, stop_ids: Tensor, sampling: Sampling) -> Tensor | None:
-    """(B, V) True on stop tokens in the rows (B,) that are too young to end; None when no row can be."""
-    if sampling.min_new_tokens <= 1:
-        return None
-    banned = torch.zeros_like(logits, dtype=torch.bool)
-    banned[:, stop_ids] = young[:, None]
-    return banned

@@ -89,6 +89,11 @@ class KVCache:
         """Columns of each row."""
         return self.keys.shape[3]
 
+    def suits(self, rows: int, capacity: int, weight: Tensor) -> bool:
+        """Whether it holds so many rows of so many columns, for a model with such weights."""
+        enough = len(self.lengths) >= rows and self.capacity >= capacity
+        return enough and self.keys.dtype == weight.dtype and self.keys.device == weight.device
+
     def first(self, rows: int) -> KVCache:
         """The first rows, sharing memory with this cache."""
         return KVCache(

@@ -28,6 +28,9 @@ KEPT = 2**26
 def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
     """Float32 logits (..., V) of hidden (..., D) and head_weight (V, D), autocast or not."""
     with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda and hidden.dtype == head_weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            flat = hidden.reshape(-1, hidden.shape[-1])  # the weight is read as it is
+            return _product(flat, head_weight.t()).view(*hidden.shape[:-1], len(head_weight))
         return F.linear(hidden.float(), head_weight.float())
 
 

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_models import (
+    EOS,
+    PAD,
+    check_against_full_forward,
+    eager_for_eos,
+    random_model,
+    random_prompts,
+    uniforms,
+)
 from transformers import GPT2LMHeadModel
 
-from rlhf_ray.generation import ENGINES, Completion, Engine, Sampling, make_engine, native_problem, row_uniforms
+from rlhf_ray.generation import ENGINES, Engine, Sampling, make_engine, native_problem
 from rlhf_ray.generation.requests import TextOf
-from rlhf_ray.generation.torch_engine import TorchEngine
+from rlhf_ray.generation.torch_engine import COARSE, TorchEngine
 from rlhf_ray.models import GPT2, GPT2Config, preset
 from rlhf_ray.models.hf_weights import save_policy
-
-CONFIG = GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=2, n_head=2)
-EOS, PAD = 92, 90
-
-
-def random_model(config: GPT2Config = CONFIG, dtype: torch.dtype = torch.float32) -> GPT2:
-    torch.manual_seed(0)
-    model = GPT2(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def random_prompts(count: int, longest: int, vocab_size: int = 97) -> list[list[int]]:
-    rng = np.random.default_rng(0)
-    return [rng.integers(0, vocab_size, size=rng.integers(1, longest + 1)).tolist() for _ in range(count)]
-
-
-def uniforms(rows: list[int], length: int) -> np.ndarray:
-    return np.stack([row_uniforms(0, 0, row, length) for row in rows])
-
 
 Make = Callable[..., Engine]
 
@@ -47,17 +35,6 @@ def engine(request: pytest.FixtureRequest) -> Make:
         return make_engine(model, eos_id=eos_id, pad_id=PAD, max_rows=max_rows, kind=request.param, text=text)
 
     return make
-
-
-def check_against_full_forward(
-    model: GPT2, prompts: list[list[int]], completions: list[Completion], temperature: float, atol: float = 1e-4
-) -> None:
-    for prompt, completion in zip(prompts, completions, strict=True):
-        tokens = torch.tensor([prompt + completion.tokens])
-        with torch.no_grad():
-            logits = model.logits(model(tokens))[0, len(prompt) - 1 : -1] / temperature
-        expected = logits.log_softmax(1).gather(1, tokens[0, len(prompt) :, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("max_rows", [1, 32, 64])
@@ -124,14 +101,6 @@ def test_stream_gives_the_tokens_of_generate(engine: Make) -> None:
         assert list(own.stream(prompts[row], u[row], sampling)) == completion.tokens
 
 
-def eager_for_eos(bias: float) -> GPT2:
-    """A model in which EOS is likely everywhere."""
-    model = random_model()
-    with torch.no_grad():
-        model.ln_f.bias.copy_(bias * model.wte.weight[EOS])
-    return model
-
-
 def test_min_new_tokens_holds_eos_back(engine: Make) -> None:
     model = eager_for_eos(100.0)
     prompts, u = random_prompts(20, 10), uniforms(list(range(20)), 12)
@@ -158,7 +127,7 @@ def test_looking_seldom_at_wide_prefills_changes_nothing() -> None:
     u, sampling = uniforms(list(range(50)), n), Sampling(max_new_tokens=n)
     expected = TorchEngine(model, eos_id=EOS, pad_id=PAD, max_rows=16).generate(prompts, u, sampling)
     as_on_a_gpu = TorchEngine(model, eos_id=EOS, pad_id=PAD, max_rows=16)
-    as_on_a_gpu.burst, as_on_a_gpu.width_block = 8, 128
+    as_on_a_gpu.grain = replace(COARSE, graphs=False)
     completions = as_on_a_gpu.generate(prompts, u, sampling)
     assert [c.tokens for c in completions] == [c.tokens for c in expected]
     assert len({len(c.tokens) for c in completions}) > 5
