@@ -99,7 +99,7 @@ class ValueTerms:
     loss: Tensor
     """(B, T): differentiable; 0 outside the mask."""
     clipped: Tensor
-    """(B, T) bool: the clipped branch is the larger; False outside the mask."""
+    """(B, T) bool: the value has left the range and the clipped branch is the larger; False outside the mask."""
 
 
 def value_loss_terms(
@@ -119,9 +119,12 @@ def value_loss_terms(
     unclipped = (values - returns).square()  # (B, T)
     if not clip_range:
         return ValueTerms(loss=0.5 * unclipped, clipped=torch.zeros_like(response_mask))
-    bounded = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    clipped = (bounded - returns).square()  # (B, T)
-    return ValueTerms(loss=0.5 * torch.maximum(unclipped, clipped), clipped=clipped.detach() > unclipped.detach())
+    move = values - old_values
+    clipped = (old_values + move.clamp(-clip_range, clip_range) - returns).square()  # (B, T)
+    outside = move.detach().abs() > clip_range  # inside it the branches differ by rounding alone
+    return ValueTerms(
+        loss=0.5 * torch.maximum(unclipped, clipped), clipped=outside & (clipped.detach() > unclipped.detach())
+    )
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

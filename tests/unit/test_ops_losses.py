@@ -142,6 +142,13 @@ def test_value_loss() -> None:
     assert not unclipped.clipped.any()
 
 
+def test_a_value_inside_the_range_is_never_counted_as_clipped() -> None:
+    old, values = torch.rand(2, 1, 999, generator=torch.Generator().manual_seed(0)) * 0.19
+    assert (old + (values - old) != values).any()  # rounding, by which the branches differ
+    for returns in (old - 1, old + 1):
+        assert not value_loss_terms(values, old, returns, all_true(old)).clipped.any()
+
+
 def test_value_clip_never_hides_an_error() -> None:
     """A prediction that moved too far *away* from the return keeps its gradient."""
     values = row(-1.0).requires_grad_()
