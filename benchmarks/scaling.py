@@ -25,11 +25,13 @@ from random_models import SIZES, random_engine, random_policy, random_prompts, w
 from rlhf_ray.config import PPO, Generation, PPOConfig, RewardSource
 from rlhf_ray.crews import worker_arguments
 from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.failures import Deaths
 from rlhf_ray.generation import Sampling, row_uniforms
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.roles import gather
 from rlhf_ray.runtime.cluster import connect
 from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.placement import Request, Seat
 from rlhf_ray.types import Done
 from rlhf_ray.workers.groups import GeneratorGroup
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -92,6 +94,11 @@ def ppo_config(folder: Path, options: argparse.Namespace) -> PPOConfig:
     )
 
 
+def shares(seats: Sequence[Seat]) -> list[dict[str, int]]:
+    """Cores of each worker."""
+    return [{"share": seat.cores} for seat in seats]
+
+
 def generators(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Callable[[], object]], list[RayCrew]]:
     """Crews of every size, and for each a call that generates one batch; they take turns."""
     config = ppo_config(folder, options)
@@ -100,7 +107,8 @@ def generators(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Cal
     weights = Done(export_weights(random_policy(options.size), 0, DTYPES[options.dtype]))
     batch = PromptStream(len(inputs.prompts), config.batch_size, seed=0).take(0)
     cuda = device().type == "cuda"
-    connect(need={"CPU": sum(options.workers) * config.rollout_cpus})
+    gpus = config.rollout_gpus if cuda else 0.0
+    seats = connect(need=[Request(role=str(n), count=n, cpus=config.rollout_cpus, gpus=gpus) for n in options.workers])
     calls: dict[str, Callable[[], object]] = {}
     crews = []
     for size in options.workers:
@@ -108,9 +116,9 @@ def generators(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Cal
             RolloutWorker,
             arguments,
             role="rollout",
-            size=size,
-            cpus=config.rollout_cpus,
-            gpus=config.rollout_gpus if cuda else 0.0,
+            seats=seats[str(size)],
+            own=partial(shares, seats[str(size)]),
+            deaths=Deaths(0, 60.0, print),
             timeout=config.timeout,
         )
         group = GeneratorGroup(crew, shard_size=options.shard)

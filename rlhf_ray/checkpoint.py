@@ -25,8 +25,10 @@ from safetensors import SafetensorError
 from rlhf_ray.rundir.files import CheckpointError, replace_text, sync_folder
 from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.rundir.manifest import Manifest, read_manifest, seal, verify
+from rlhf_ray.rundir.metrics import FILE_NAME, read_metrics
 from rlhf_ray.rundir.tree import load_tree, save_tree
 from rlhf_ray.storage import Mirror
+from rlhf_ray.uploads import Uploads
 
 __all__ = [
     "CheckpointError",
@@ -52,10 +54,11 @@ def step_name(step: int) -> str:
 class CheckpointStore:
     """The checkpoints of one run.
 
-    ``keep`` newest ones and ``keep_best`` best ones by score are kept, the rest deleted; ``metric`` names the
-    score and ``mode`` says which is better; checkpoints scored by another metric don't compete. ``report``
-    gets one line for every checkpoint that is refused. ``mirror`` gets a copy of each, and gives it back
-    where the local folder lacks it. ValueError on a ``keep`` below 1.
+    ``keep`` newest ones, ``keep_best`` best ones by score and those of every ``keep_every``-th step (0: of none) are
+    kept, the rest deleted; ``metric`` names the score and ``mode`` says which is better; checkpoints scored by another
+    metric don't compete. ``report`` gets one line for every checkpoint that is refused. ``mirror`` gets a copy of each
+    behind the caller's back, one upload at a time, until `close`, and gives it back where the local folder lacks it.
+    ValueError on a ``keep`` below 1.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class CheckpointStore:
         root: str | Path,
         *,
         keep: int,
+        keep_every: int = 0,
         keep_best: int = 1,
         metric: str = "score",
         mode: Literal["max", "min"] = "max",
@@ -71,15 +75,17 @@ class CheckpointStore:
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}; keep at least 1 checkpoint")
-        if keep_best < 0:
-            raise ValueError(f"keep_best is {keep_best}; give 0 or more")
+        for name, number in (("keep_every", keep_every), ("keep_best", keep_best)):
+            if number < 0:
+                raise ValueError(f"{name} is {number}; give 0 or more")
         if mode not in ("max", "min"):
             raise ValueError(f"mode is {mode!r}; allowed are 'max' and 'min'")
         self.root = Path(root)
-        self.keep, self.keep_best, self.metric = keep, keep_best, metric
+        self.keep, self.keep_every, self.keep_best, self.metric = keep, keep_every, keep_best, metric
         self._sign = 1.0 if mode == "max" else -1.0
         self._mirror = mirror
         self._report = report
+        self._uploads = Uploads(mirror, self.root, report) if mirror else None
 
     verify = staticmethod(verify)
 
@@ -99,13 +105,12 @@ class CheckpointStore:
             temporary.mkdir()
             fill(temporary)
             seal(temporary, step=step, score=score, metric=self.metric)
+            self.wait()  # perhaps for what is deleted next
             for later in [folder for s, folder in self._folders() if s > step]:
                 self._remove(later)
             self._publish(temporary, final)
             replace_text(self.root / "latest", f"{final.name}\n")
             self._prune()
-            if self._mirror:
-                self._mirror.push(final)
         except (OSError, SafetensorError, ArrowException) as error:
             raise CheckpointError(
                 f"{final}: could not be written: {error}; the checkpoints before it are intact. "
@@ -113,7 +118,19 @@ class CheckpointStore:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # renamed when all went well
+        if self._uploads:
+            self._uploads.begin(self._readable(), keeps=self._mirror_keeps)
         return final
+
+    def wait(self) -> None:
+        """Wait until nothing is on its way to the mirror."""
+        if self._uploads:
+            self._uploads.wait()
+
+    def close(self) -> None:
+        """Bring the mirror up to date, if there is one; CheckpointError when it can't be."""
+        if self._uploads:
+            self._uploads.finish(self._readable(), keeps=self._mirror_keeps)
 
     def latest(self) -> Path | None:
         """The checkpoint that ``latest`` names (without it, the last by name), not verified; None before the
@@ -137,7 +154,7 @@ class CheckpointStore:
         none.
 
         For the run that is about to resume: what a killed run left half-replaced is put back first, and what
-        only the mirror has is downloaded.
+        only the mirror has is downloaded, with the best checkpoint and the metrics that go with it.
         """
         self._recover()
         local = {folder.name for _, folder in self._folders()}
@@ -146,6 +163,7 @@ class CheckpointStore:
             if name in local and self._refusal(self.root / name) is None:
                 return self.root / name
             if name in remote and self._pull(name):
+                self._pull_bookkeeping(_step_of(name), remote - local)
                 return self.root / name
         return None
 
@@ -171,6 +189,15 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
         return True
 
+    def _pull_bookkeeping(self, step: int, missing: set[str]) -> None:
+        assert self._mirror is not None
+        best = (self._mirror.read("best") or b"").decode().strip()
+        if best in missing and _step_of(best) < step:
+            self._pull(best)
+        metrics = self._mirror.read(FILE_NAME)
+        if metrics is not None and max((row["step"] for row in read_metrics(self.root)), default=0) < step:
+            replace_text(self.root / FILE_NAME, metrics.decode())
+
     def _publish(self, temporary: Path, final: Path) -> None:
         """Give a sealed folder its name; the one that has it waits aside, for `_recover` if we die here."""
         aside = self.root / f".old-{final.name}-{os.getpid()}"
@@ -184,10 +211,23 @@ class CheckpointStore:
         ranked = self._ranked()
         if ranked:
             replace_text(self.root / "best", f"{ranked[0].name}\n")
-        readable = [folder for _, folder in self._folders() if _manifest(folder)]
-        for folder in readable[: -self.keep]:  # an unreadable one is nobody's rival, and evidence
-            if folder not in ranked[: self.keep_best]:
+        for folder in self._readable()[: -self.keep]:
+            if folder not in ranked[: self.keep_best] and not self._for_ever(_step_of(folder.name)):
                 self._remove(folder)
+
+    def _readable(self) -> list[Path]:
+        """Checkpoints in the order of steps; an unreadable one is nobody's rival, and evidence."""
+        return [folder for _, folder in self._folders() if _manifest(folder)]
+
+    def _for_ever(self, step: int) -> bool:
+        return self.keep_every > 0 and step % self.keep_every == 0
+
+    def _mirror_keeps(self, name: str) -> bool:
+        """Whether the mirror goes on holding a folder that is not here: a foreign one, or one kept for ever."""
+        newest = self._folders()
+        if not _STEP.fullmatch(name) or not newest:
+            return True
+        return self._for_ever(_step_of(name)) and _step_of(name) <= newest[-1][0]
 
     def _ranked(self) -> list[Path]:
         """Folders scored by this store's metric, best first, the newer first among equals."""
@@ -213,8 +253,6 @@ class CheckpointStore:
         doomed = self._temporary(folder.name)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-        if self._mirror:
-            self._mirror.remove(folder.name)
 
     def _recover(self) -> None:
         """Clear up after killed runs: put back a checkpoint whose replacement never came, delete the rest."""

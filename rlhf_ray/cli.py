@@ -1,6 +1,7 @@
 """What the launch scripts share: read the configuration, run, and turn what went wrong into one line.
 
-Exit codes: 0 done, 2 something that the user can mend, 130 stopped by a signal with everything saved.
+Exit codes: 0 done, 2 something that the user can mend, 3 workers died too often, with everything saved, 130 stopped by
+a signal with everything saved.
 
 Left out on purpose: torch, until the configuration is known to be good, so that ``--help`` answers at once.
 """
@@ -11,9 +12,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from rlhf_ray.config import load
+from rlhf_ray.config import Config, PipelineConfig, load, repository_path
 from rlhf_ray.config.loader import REPOSITORY, C
 from rlhf_ray.config.presets import hardware_preset, preset_file
+from rlhf_ray.config.run_fields import RunFields
+from rlhf_ray.failures import GaveUp
+from rlhf_ray.runtime.environment import check_lasting
 
 
 def main(
@@ -41,6 +45,7 @@ def main(
                 f"preset: {preset.relative_to(REPOSITORY)} (what fits this machine; --config takes another)",
                 flush=True,
             )
+        _check_lasting(config)
         run(config)
     except ValueError as error:
         return _fail(str(error))
@@ -48,16 +53,25 @@ def main(
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}")
+    except GaveUp as error:
+        return _fail(str(error), code=3)
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
         return 130
     return 0
 
 
-def _fail(text: str) -> int:
+def _check_lasting(config: Config) -> None:
+    """Raise ValueError when what a run leaves behind would go with the job that it runs in."""
+    mirrored = isinstance(config, RunFields) and config.mirror
+    if isinstance(config, RunFields | PipelineConfig) and not mirrored:
+        check_lasting(repository_path(config.checkpoints))
+
+
+def _fail(text: str, *, code: int = 2) -> int:
     print(
         "error: " + "; ".join(line.strip() for line in text.split("\n") if line.strip()),
         file=sys.stderr,
         flush=True,
     )
-    return 2
+    return code

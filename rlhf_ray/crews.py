@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import PPOConfig, repository_path
+from rlhf_ray.failures import Deaths
 from rlhf_ray.generation.sampling import Sampling
 from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.ppo_inputs import Inputs, row_length
 from rlhf_ray.rewards import RewardContext
-from rlhf_ray.runtime.cluster import connect
+from rlhf_ray.runtime.cluster import check_shared, connect, nodes, start
 from rlhf_ray.runtime.crew import RayCrew, wait_until_built
+from rlhf_ray.runtime.placement import Node, Request, Seat
+from rlhf_ray.runtime.rendezvous import Rendezvous
 from rlhf_ray.startup import StartUp
 from rlhf_ray.workers.groups import Crew, LocalCrew
 from rlhf_ray.workers.learner import LearnerWorker
@@ -24,6 +29,12 @@ from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ROLES: dict[type[Any], str] = {
+    RolloutWorker: "rollout",
+    RewardWorker: "reward",
+    ReferenceWorker: "reference",
+    LearnerWorker: "learner",
+}
 
 
 def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[str, Any]]:
@@ -53,7 +64,7 @@ def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "device": inputs.device,
         "dtype": DTYPES[generation.dtype],
         "threads": config.rollout_threads,
-        "share": max(1, (os.cpu_count() or 1) // max(1, config.num_rollout_workers)),
+        "share": os.cpu_count() or 1,
         "engine": generation.engine,
         "tokenizer": inputs.tokenizer if generation.stop else None,
     }
@@ -103,48 +114,107 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "total_steps": config.total_steps,
         "response_length": config.generation.response_length,
         "rollout_dtype": DTYPES[config.generation.dtype],
-        "threads": config.learner_threads or os.cpu_count() or 1,
+        "threads": config.learner_threads,
+        "sharding": config.sharding,
     }
 
 
-def crews(config: PPOConfig, inputs: Inputs, startup: StartUp) -> dict[type[Any], Crew]:
+def device_of_roles(asked: str, here: str, machines: Sequence[Node]) -> str:
+    """The device of a run: the one asked for, else cuda where Ray has a GPU to give; ``here`` is this process's own.
+
+    A driver that sees no GPU, as on the head of a cluster, can't tell what the others are like, and believes Ray.
+    """
+    if asked != "auto":
+        return asked
+    return "cuda" if any(node.gpus and (here == "cuda" or not node.here) for node in machines) else "cpu"
+
+
+def requests(config: PPOConfig, device: str) -> list[Request]:
+    """What each role asks the cluster for; who comes first chooses first."""
+    gpu = float(device == "cuda")
+    spread = config.placement == "spread"
+    labels = {role: dict(label.split("=") for label in wanted) for role, wanted in config.labels}
+    return [
+        Request(
+            role="learner",
+            count=config.num_learners,
+            cpus=config.service_cpus,
+            gpus=gpu * config.learner_gpus,
+            labels=labels["learner"],
+        ),
+        Request(
+            role="rollout",
+            count=config.num_rollout_workers,
+            cpus=config.rollout_cpus,
+            gpus=gpu * config.rollout_gpus * (config.rollout_device != "cpu"),
+            gpu="welcome" if config.rollout_device == "any" else "needed",
+            spread=spread,
+            labels=labels["rollout"],
+        ),
+        Request(
+            role="reward",
+            count=config.num_reward_workers,
+            cpus=config.service_cpus,
+            gpus=gpu * config.reward_gpus,
+            labels=labels["reward"],
+        ),
+        Request(
+            role="reference",
+            count=config.num_reference_workers,
+            cpus=config.service_cpus,
+            gpus=gpu * config.reference_gpus,
+            labels=labels["reference"],
+        ),
+    ]
+
+
+def check_cards(config: PPOConfig, device: str) -> None:
+    """ValueError when two learners may land on one GPU, where NCCL does not let them speak to each other."""
+    if device == "cuda" and config.num_learners > 1 and config.learner_gpus <= 0.5:
+        raise ValueError(
+            f"num_learners = {config.num_learners} need a GPU each; learner_gpus = {config.learner_gpus:g} lets two "
+            "share one: take --learner-gpus 0.6, or 1 where nothing else needs a share of those GPUs"
+        )
+
+
+def _own(config: PPOConfig, seats: Sequence[Seat], device: str) -> list[dict[str, Any]]:
+    """What rollout workers' places decide about them: their device, and how many threads the native pass takes."""
+    same = config.rollout_device == "same"
+    return [{"device": device if same or seat.gpus else "cpu", "share": seat.cores} for seat in seats]
+
+
+def crews(config: PPOConfig, inputs: Inputs, startup: StartUp, deaths: Deaths) -> dict[type[Any], Crew]:
     """One crew a worker class: in this process without rollout workers, else Ray actors, all starting at once."""
+    if config.num_rollout_workers:
+        start()
+        inputs = replace(inputs, device=device_of_roles(config.device, inputs.device, nodes()))
     arguments = worker_arguments(config, inputs)
     if config.num_rollout_workers == 0:
         local = {worker: LocalCrew(worker(**arguments[worker])) for worker in arguments}
         startup.done("workers")
         return dict(local)
-    shares = {  # worker: (role, how many, CPUs, GPUs of each)
-        RolloutWorker: ("rollout", config.num_rollout_workers, config.rollout_cpus, config.rollout_gpus),
-        RewardWorker: ("reward", config.num_reward_workers, config.service_cpus, config.reward_gpus),
-        ReferenceWorker: (
-            "reference",
-            config.num_reference_workers,
-            config.service_cpus,
-            config.reference_gpus,
-        ),
-        LearnerWorker: ("learner", 1, config.service_cpus, config.learner_gpus),
-    }
-    on_gpu = inputs.device == "cuda"
-    connect(
-        need={
-            "CPU": sum(size * cpus for _, size, cpus, _ in shares.values()),
-            "GPU": sum(size * gpus for _, size, _, gpus in shares.values()) if on_gpu else 0.0,
-        }
-    )
+    check_cards(config, inputs.device)
+    seats = connect(need=requests(config, inputs.device))
+    away = {seat.node.id: seat.node for role in seats.values() for seat in role if not seat.node.here}
+    check_shared([inputs.policy, repository_path(config.checkpoints)], away.values())
     startup.done("ray")
+    own: dict[type[Any], Callable[[], Sequence[dict[str, Any]]]] = {
+        RolloutWorker: partial(_own, config, seats["rollout"], inputs.device),
+        LearnerWorker: Rendezvous(config.num_learners, timeout=config.timeout),
+    }
     built = {
         worker: RayCrew(
             worker,
             arguments[worker],
             role=role,
-            size=size,
-            cpus=cpus,
-            gpus=gpus if on_gpu else 0.0,
+            seats=seats[role],
+            own=own.get(worker),
+            deaths=deaths,
             timeout=config.timeout,
-            aside=worker is LearnerWorker,  # which writes checkpoints beside its work
+            call_timeout=config.timeout if worker is LearnerWorker else config.call_timeout,
+            together=worker is LearnerWorker,
         )
-        for worker, (role, size, cpus, gpus) in shares.items()
+        for worker, role in ROLES.items()
     }
     wait_until_built(list(built.values()))
     startup.done("workers")

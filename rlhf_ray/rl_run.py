@@ -13,21 +13,23 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
-from rlhf_ray.checkpoint import CheckpointStore, load_tree, save_tree
+from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, load_tree, save_tree
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.console import Progress
 from rlhf_ray.data.prompt_set import PromptSet
 from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.failures import Deaths, GaveUp, WorkerLost
 from rlhf_ray.ops.kl import kl_terms
 from rlhf_ray.roles import Generator, J, Roles, S, Stateful
 from rlhf_ray.run import Run
 from rlhf_ray.startup import StartUp
+from rlhf_ray.storage import Mirror
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
 from rlhf_ray.types import Done, Experience, Handle, Judged, Rollout, Shards
 
@@ -63,26 +65,37 @@ class RLRun:
         tokenizer: Tokenizer,
         prompts: PromptSet,
         startup: StartUp | None = None,
+        mirror: Mirror | None = None,
+        deaths: Deaths | None = None,
     ) -> None:
-        """Take the newest complete checkpoint in the run's folder up, if there is one."""
-        self.startup = startup or StartUp()
+        """Take the newest complete checkpoint in the run's folder up, if there is one.
+
+        ``startup`` is what came before the first step, of which the run then tells; ``deaths`` are its workers'.
+        """
+        self.startup, self.deaths = startup, deaths
         self.run, self.config, self.roles = run, config, roles
         self.learner, self.tokenizer, self.prompts = learner, tokenizer, prompts
         self.stream = PromptStream(len(prompts), config.batch_size, group_size=config.group_size, seed=config.seed)
-        self.store = CheckpointStore(run.folder, keep=config.keep, report=run.say)
+        self.store = CheckpointStore(
+            run.folder, keep=config.keep, keep_every=config.keep_every, mirror=mirror, report=run.say
+        )
         self.first_step = 0
+        self._done = self._last_saved = 0
+        self._open = ExitStack()
         self._stopping = False
         self._saving: Future[None] | None = None
         self._ahead: deque[Shards[Rollout]] = deque()
         self._tracked: dict[str, Stateful] = {}
         self._saved: dict[str, Any] = {}
-        checkpoint = self.store.newest_complete() if config.resume else None
+        checkpoint = self.store.newest_complete()
         if checkpoint:
+            _check_vocabulary(checkpoint, tokenizer)
             state = load_tree(checkpoint / "run")
             self.first_step, self._saved = state["step"], state["tracked"]
             self._ahead = _fresh(load_tree(checkpoint / "ahead"), self.first_step, config.max_staleness)
             learner.load(checkpoint)
             run.say(f"going on from {checkpoint}")
+        self._done = self._last_saved = self.first_step
         run.resume_at(self.first_step)
 
     def track(self, name: str, state: S) -> S:
@@ -105,7 +118,8 @@ class RLRun:
         """
         total = self.config.total_steps
         opinions = deque(judge(shards) for shards in self._ahead)
-        with Progress("ppo", total, start=self.first_step) as self._progress:
+        with self._open:
+            self._progress = self._open.enter_context(Progress("ppo", total, start=self.first_step))
             for step in range(self.first_step, total):
                 self._started = perf_counter()
                 while len(self._ahead) <= min(self.config.max_staleness, total - 1 - step):
@@ -132,7 +146,9 @@ class RLRun:
             **self._throughput(),
             "time/step": perf_counter() - self._started,
         }
-        if step == self.first_step:
+        if self.deaths:
+            metrics["perf/restarts"] = float(self.deaths.count)
+        if step == self.first_step and self.startup:
             self.startup.done("first_step")
             metrics |= self.startup.metrics()
             self.run.say(str(self.startup))
@@ -140,6 +156,7 @@ class RLRun:
             self.run.samples(done, self._sample_rows(judged, experience))
         self.run.log(done, metrics)
         self._progress.update(done, {name: metrics[key] for name, key in SHOWN.items()})
+        self._done = done
         self._stopping = self.run.should_stop  # asked once: a signal after this is for the next step
         if done % self.config.save_every == 0 or done == self.config.total_steps or self._stopping:
             self._save(done)
@@ -174,6 +191,21 @@ class RLRun:
                 "policy_version": int(rollout.policy_version[b]),
             }
 
+    def save_what_is_done(self) -> None:
+        """Save the last step that ended although the workers are given up, which can't be waited for.
+
+        Batches that were sampled ahead of it are part of a checkpoint: where they are lost, the one before is the last.
+        """
+        with suppress(GaveUp, WorkerLost):
+            if self._done > self._last_saved:
+                self._save(self._done)
+            self.run.sync()
+        self.run.say(f"stopped after step {self._last_saved}, workers having died too often; the same command goes on")
+
+    def close(self) -> None:
+        """Close what an algorithm that broke off has left open."""
+        self._open.close()
+
     def _save(self, step: int) -> None:
         with self.run.time("save"):
             if self._saving:
@@ -196,6 +228,16 @@ class RLRun:
             save_tree(folder / "ahead", batches)
 
         self.store.write(step, fill)
+        self._last_saved = step
+
+
+def _check_vocabulary(checkpoint: Path, tokenizer: Tokenizer) -> None:
+    """CheckpointError unless the checkpoint's vocabulary is the run's, which its batches and its policy speak."""
+    if Tokenizer.load(checkpoint).fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{checkpoint / 'vocab.json'}: its vocabulary is not that of this run's policy, which was replaced since; "
+            "put the policy back that the run began with, or begin anew (--overwrite, or another --run)"
+        )
 
 
 def _tree(rollout: Rollout) -> dict[str, Any]:

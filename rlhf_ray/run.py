@@ -13,10 +13,11 @@ Left out on purpose: what a step is and what a checkpoint holds, which the train
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +34,25 @@ from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.rundir.metrics import FILE_NAME, metrics_line, read_metrics, trim_metrics
 from rlhf_ray.rundir.signals import StopSignals
 from rlhf_ray.rundir.writer import Writer
+from rlhf_ray.storage import Mirror
 
-__all__ = ["Run", "read_metrics"]
+__all__ = ["Run", "prepare_folder", "read_metrics"]
+
+CONFIG = "config.yaml"
+
+
+def prepare_folder(folder: Path, mirror: Mirror | None, *, overwrite: bool) -> None:
+    """Delete a run and its mirror to begin anew, or take the configuration of a run that only the mirror has."""
+    if overwrite and folder.exists():
+        with RunLock(folder):
+            shutil.rmtree(folder)
+    if mirror is None:
+        return
+    if overwrite:
+        mirror.clear()
+    elif not (folder / CONFIG).exists() and (text := mirror.read(CONFIG)) is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / CONFIG, text.decode())
 
 
 class Run:
@@ -78,10 +96,14 @@ class Run:
     def resume_at(self, step: int) -> None:
         """Forget what came after the checkpoint of ``step``: later metrics, samples and TensorBoard events.
 
-        Call it before the first `log`; step 0 (with steps counted from 1) when there is no checkpoint to
-        resume from.
+        Step 0 (with steps counted from 1) when there is no checkpoint to resume from.  What could not be written before
+        is forgotten too.
         """
-        assert self._tensorboard is None, "resume_at comes before the first log"
+        self._writer.close(quietly=True)
+        self._writer, self._seconds = Writer(), {}
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = None
         self._metrics.close()
         trim_metrics(self.folder, step)
         self._metrics = (self.folder / FILE_NAME).open("a", encoding="utf-8")
@@ -104,7 +126,7 @@ class Run:
 
         The rows are read by the thread that writes them, so making them can be left to it.
         """
-        self._writer.submit(write_samples, self.folder / "samples" / f"step_{step:06d}.parquet", step, rows)
+        self._writer.submit(self._write_samples, step, rows)
 
     def later(self, job: Callable[..., object], *arguments: Any) -> Future[None]:
         """Carry a job out once everything logged so far would survive a power cut, as a checkpoint relies on it."""
@@ -127,24 +149,42 @@ class Run:
         self.sync()
 
     def _write_metrics(self, step: int, row: Mapping[str, float]) -> None:
-        self._metrics.write(metrics_line(step, row))
-        self._metrics.flush()
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run logs
+        with self._writing(f"the metrics of step {step}"):
+            self._metrics.write(metrics_line(step, row))
+            self._metrics.flush()
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run logs
 
-            self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
-        for name, value in row.items():
-            self._tensorboard.add_scalar(name, float(value), step)
-        self._tensorboard.flush()
+                self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
+            for name, value in row.items():
+                self._tensorboard.add_scalar(name, float(value), step)
+            self._tensorboard.flush()
+
+    def _write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        with self._writing(f"the samples of step {step}"):
+            write_samples(self.folder / "samples" / f"step_{step:06d}.parquet", step, rows)
 
     def _make_durable(self) -> None:
-        os.fsync(self._metrics.fileno())
+        with self._writing("the metrics"):
+            os.fsync(self._metrics.fileno())
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """Errors of the disk as the ValueError that they are for whoever owns it."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}: {what} could not be written: {error.strerror or error}; the checkpoints are intact: "
+                "free some space or mend the disk, and the same command goes on"
+            ) from error
 
     def say(self, text: str) -> None:
         """Print a line and add it to log.txt with the time."""
         console.say(text)
-        self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
-        self._log.flush()
+        with self._writing("log.txt"):
+            self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+            self._log.flush()
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
@@ -175,10 +215,9 @@ class Run:
         finally:
             if self._signals:
                 self._signals.restore()
-            if self._tensorboard:
-                self._tensorboard.close()
-            self._metrics.close()
-            self._log.close()
+            for file in filter(None, (self._tensorboard, self._metrics, self._log)):
+                with suppress(OSError):  # of a full disk, which whoever wrote has told of
+                    file.close()
             self._lock.release()
 
     def __enter__(self) -> Run:
@@ -198,16 +237,19 @@ def write_samples(path: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> N
     columns = {name: [step if name == "step" else row.get(name) for row in rows] for name in names}
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
-    temporary.replace(path)
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _settle_config(folder: Path, config: dict[str, Any], resume: bool, allow_change: bool) -> list[str]:
     """Write config.yaml, or compare with the one there; returns the lines of an allowed difference."""
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     changes: list[str] = []
-    if not resume and any((folder / name).exists() for name in ("config.yaml", FILE_NAME, "latest")):
+    if not resume and any((folder / name).exists() for name in (CONFIG, FILE_NAME, "latest")):
         raise ValueError(f"{folder} already holds a run; resume it (--resume) or name another folder")
     if path.exists():
         old = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBatch:
-    """The prompts of one step, in row order, every prompt as often as its group has siblings."""
+    """Prompts of one step, in row order, every prompt as often as its group has siblings."""
 
     step: int
     """Keys each row's random stream, together with the run's seed and the row's number."""
@@ -49,9 +49,20 @@ class PromptBatch:
     """(B,) int64: index into the prompt set."""
     group_ids: np.ndarray
     """(B,) int64: equal for the siblings of one prompt in this step, and never used by another step."""
+    first_row: int = 0
+    """Number of its first row in the step."""
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    def rows(self, start: int, stop: int) -> PromptBatch:
+        """Some of its rows, which keep their numbers."""
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[start:stop],
+            group_ids=self.group_ids[start:stop],
+            first_row=self.first_row + start,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +168,8 @@ class Weights:
     buffer: np.ndarray
     """(N,): every parameter, in the order of ``named_parameters``; bfloat16 travels viewed as int16."""
     policy_version: int
-    sha256: str
-    """Digest of the buffer's bytes; a worker refuses a buffer that does not match."""
+    digest: str
+    """Of the buffer's bytes and the version; a worker refuses weights that do not match."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

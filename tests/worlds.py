@@ -91,7 +91,7 @@ class Workers:
         """The rows of step 0."""
         config = self.config
         stream = PromptStream(len(self.rollout.prompts), config.batch_size, seed=config.seed)
-        return self.rollout.generate(stream.take(0), self.rollout.policy_version, 0, config.batch_size)
+        return self.rollout.generate(stream.take(0), self.rollout.policy_version)
 
     def judge(self, rollout: Rollout) -> Judged:
         """Every worker's opinion on them."""

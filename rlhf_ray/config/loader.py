@@ -25,6 +25,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from rlhf_ray.config.secrets import without_secrets
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -66,8 +68,9 @@ class Config(BaseSettings):
         return (init_settings,)
 
     def resolved(self) -> dict[str, Any]:
-        """Every field as plain YAML values, as saved in the run's config.yaml."""
-        return self.model_dump(mode="json")
+        """Every field as plain YAML values without secrets, as saved in the run's config.yaml."""
+        plain: dict[str, Any] = without_secrets(self.model_dump(mode="json"))
+        return plain
 
 
 C = TypeVar("C", bound=Config)

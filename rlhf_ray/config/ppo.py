@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -110,6 +110,18 @@ class PPO(Section):
     """Compile the blocks of policy and critic: slow to begin, then somewhat faster."""
 
 
+Label = Annotated[str, Field(pattern=r"^[^=]+=[^=]+$")]
+
+
+class Labels(Section):
+    """For each role, the machines that it prefers, by Ray's node labels: ``ray.io/accelerator-type=H100``."""
+
+    rollout: list[Label] = []
+    reward: list[Label] = []
+    reference: list[Label] = []
+    learner: list[Label] = []
+
+
 class PPOConfig(RunFields):
     """Reinforcement learning from human feedback with PPO."""
 
@@ -128,25 +140,44 @@ class PPOConfig(RunFields):
     """Ray actors that generate; 0 runs every role in this process."""
     num_reward_workers: int = Field(1, ge=1)
     num_reference_workers: int = Field(1, ge=1)
+    num_learners: int = Field(1, ge=1)
+    """Ray actors that share every mini-batch; the gradient does not depend on how many."""
+    sharding: Literal["none", "fsdp2"] = "none"
+    """What each of several learners holds of policy, critic and optimiser: none: all; fsdp2: a part."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rollout_cpus: float = Field(0.25, gt=0)
     """CPU share that one rollout worker reserves: bookkeeping for placement, not a limit."""
     service_cpus: float = Field(0.1, gt=0)
-    """The same for one reward, reference or learner worker."""
+    """The same for one reward or reference worker, or one learner."""
     rollout_gpus: float = Field(0.2, ge=0)
     """GPUs of one rollout worker, where there are any."""
     reward_gpus: float = Field(0.1, ge=0)
     reference_gpus: float = Field(0.1, ge=0)
     learner_gpus: float = Field(0.4, ge=0)
+    placement: Literal["pack", "spread"] = "pack"
+    """pack: every worker on the driver's machine while it has room, then on the next; spread: rollout workers on as
+    many machines as there are."""
+    rollout_device: Literal["same", "any", "cpu"] = "same"
+    """same: rollout workers have the device of the other roles; cpu: cores alone; any: a GPU share where their machine
+    has one left, else cores, which lets rounding depend on who generated a row."""
+    labels: Labels = Labels()
+    """Machines that a role prefers."""
     rollout_threads: int = Field(0, ge=0)
     """Threads of one rollout worker; 0 shares the cores out among them, or takes 1 where plain torch generates, whose
     sums depend on it."""
     scoring_threads: int = Field(1, ge=1)
     """Torch threads of one reward or reference worker."""
     learner_threads: int = Field(0, ge=0)
-    """Torch threads of the learner; 0 takes every core."""
+    """Torch threads of one learner; 0 shares a machine's cores out among its learners. In float32 sums depend on it."""
     timeout: float = Field(1800.0, gt=0)
-    """Seconds that the driver waits for any one result."""
+    """Seconds that a worker may take to start, or the learner over one call."""
+    call_timeout: float = Field(600.0, gt=0)
+    """Seconds that a rollout, reward or reference worker may take over one shard; after that it is replaced."""
+    max_restarts: int = Field(10, ge=0)
+    """Deaths of workers within restart_window that the run stands before it saves and stops; with a machine die all
+    workers on it."""
+    restart_window: float = Field(600.0, gt=0)
+    """Seconds."""
 
     batch_size: int = Field(128, ge=1)
     """Rows of one step."""
@@ -157,7 +188,6 @@ class PPOConfig(RunFields):
     """Batches that generation is ahead of learning; 0 takes turns."""
     save_every: int = Field(25, ge=1)
     """Steps between two checkpoints."""
-    keep: int = Field(2, ge=1)
     samples_every: int = Field(1, ge=1)
     """Steps between two parquet files of samples."""
     sample_rows: int = Field(32, ge=0)
@@ -174,6 +204,19 @@ class PPOConfig(RunFields):
         if self.ppo.mini_batch_size > self.batch_size:
             raise ValueError(
                 f"ppo.mini_batch_size = {self.ppo.mini_batch_size} is larger than batch_size = {self.batch_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _learners_fit(self) -> PPOConfig:
+        if self.num_learners > 1 and not self.num_rollout_workers:
+            raise ValueError(
+                f"num_learners = {self.num_learners} are Ray actors, and num_rollout_workers = 0 is without Ray: "
+                "take at least one rollout worker, or one learner"
+            )
+        if self.num_learners == 1 and self.sharding != "none":
+            raise ValueError(
+                f"sharding = {self.sharding} needs several learners to hold a part each: num_learners is 1"
             )
         return self
 

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from rlhf_ray.config.loader import Config
 
+HOW_TO_RUN = frozenset({"resume", "allow_config_change", "overwrite", "keep", "keep_every", "mirror"})
+"""Fields that say how to start and where to keep; a resumed run may differ in them."""
+
 
 class RunFields(Config):
     """What every stage's run has."""
@@ -22,6 +25,13 @@ class RunFields(Config):
     allow_config_change: bool = False
     """Resume although the saved configuration differs."""
     overwrite: bool = False
-    """Delete the run's folder first."""
+    """Delete the run's folder first, and its mirror."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep, beside the best where checkpoints have a score."""
+    keep_every: int = Field(0, ge=0)
+    """Keep the checkpoint of every step that is a multiple of this for ever; 0 keeps none."""
+    mirror: str | None = None
+    """Where copies of the checkpoints go, and are taken from when the local folder lacks them: s3://bucket/path,
+    gs://bucket/path or a mounted folder; <stage>/<run>/ below it. Credentials are the environment's."""
     max_bad_rows: int = Field(0, ge=0)
     """Malformed data rows to skip before the run stops."""

@@ -70,8 +70,6 @@ class TrainConfig(RunFields):
     """Steps between two evaluations; 0 evaluates at the end alone."""
     save_every: int = Field(0, ge=0)
     """Steps between two checkpoints; 0 saves at the end alone."""
-    keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep, beside the best."""
     max_restarts: int = Field(2, ge=0)
     """Deaths of a worker to survive."""
     optimiser: Optimiser = Optimiser()

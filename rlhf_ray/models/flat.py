@@ -6,37 +6,41 @@ floats travel viewed as int16.  Buffers (a reward model's normaliser) are not pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-_VIEWS = {torch.float32: torch.float32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_CARRIERS = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.int16}
 
 
-def flat_weights(model: nn.Module, *, dtype: torch.dtype | None = None) -> np.ndarray:
+def flat_weights(
+    model: nn.Module, *, dtype: torch.dtype | None = None, read: Callable[[Tensor], Tensor] = lambda x: x
+) -> np.ndarray:
     """Every parameter in ``dtype`` (by default its own), (N,) float32, or int16 for 16-bit floats.
 
-    ValueError when the parameters' dtypes differ.
+    ``read`` gives a parameter's whole value, where the model holds a part of it.  ValueError when the parameters'
+    dtypes differ.
     """
     own, size = _layout(model)
     dtype = dtype or own
-    flat = torch.empty(size, dtype=dtype)
-    for view, parameter in _pieces(flat, model):
-        view.copy_(parameter.detach())
-    return flat.view(_VIEWS[dtype]).numpy()
+    buffer = np.empty(size, dtype=_CARRIERS[dtype])  # in huge pages, which torch does not ask for: half the time
+    for view, parameter in _pieces(torch.from_numpy(buffer).view(dtype), model):
+        view.copy_(read(parameter.detach()))
+    return buffer
 
 
 def load_flat_weights(model: nn.Module, buffer: np.ndarray) -> None:
     """Copy a buffer of ``flat_weights`` into the model in place; ValueError when it does not fit."""
     dtype, size = _layout(model)
-    flat = torch.empty(size, dtype=dtype)
-    target = flat.view(_VIEWS[dtype]).numpy()
-    if buffer.shape != target.shape or buffer.dtype != target.dtype:
+    carrier = np.dtype(_CARRIERS[dtype])
+    if buffer.shape != (size,) or buffer.dtype != carrier:
         raise ValueError(
-            f"weights are {buffer.dtype}{list(buffer.shape)}, the model takes "
-            f"{target.dtype}{list(target.shape)}: sender and receiver must have the same shape and dtype"
+            f"weights are {buffer.dtype}{list(buffer.shape)}, the model takes {carrier}[{size}]: "
+            "sender and receiver must have the same shape and dtype"
         )
-    np.copyto(target, buffer)  # a buffer from shared memory is read-only, which torch can't wrap
+    flat = torch.from_dlpack(buffer).view(dtype)  # shared memory is read-only, which from_numpy warns of
     with torch.no_grad():
         for view, parameter in _pieces(flat, model):
             parameter.copy_(view)
@@ -44,7 +48,7 @@ def load_flat_weights(model: nn.Module, buffer: np.ndarray) -> None:
 
 def _layout(model: nn.Module) -> tuple[torch.dtype, int]:
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    if len(dtypes) != 1 or not dtypes <= _VIEWS.keys():
+    if len(dtypes) != 1 or not dtypes <= _CARRIERS.keys():
         raise ValueError(f"parameter dtypes are {sorted(map(str, dtypes))}; flat weights need exactly one float type")
     return dtypes.pop(), sum(parameter.numel() for parameter in model.parameters())
 
@@ -53,4 +57,4 @@ def _pieces(flat: Tensor, model: nn.Module) -> list[tuple[Tensor, nn.Parameter]]
     """Each parameter with its own range of flat, viewed in its shape."""
     parameters = list(model.parameters())
     ranges = flat.split([parameter.numel() for parameter in parameters])
-    return [(part.view_as(parameter), parameter) for part, parameter in zip(ranges, parameters, strict=True)]
+    return [(part.view(parameter.shape), parameter) for part, parameter in zip(ranges, parameters, strict=True)]

@@ -87,7 +87,11 @@ class Objective(Protocol):
         ...
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Whatever saving needs, done before the first step by the rank that saves."""
+        """Whatever saving and reporting need, done before the first step by the rank that saves."""
+        ...
+
+    def finish(self, model: nn.Module, copy: nn.Module) -> None:
+        """Give the copy, which ``save`` writes while training goes on, what must be measured on the model now."""
         ...
 
     def load(self, folder: Path, device: torch.device) -> nn.Module:

@@ -127,7 +127,10 @@ class NextToken:
     tokenizer: Tokenizer
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Nothing: saving needs nothing but the model."""
+        """Nothing: saving and reporting need nothing but the model."""
+
+    def finish(self, model: nn.Module, copy: nn.Module) -> None:
+        """Nothing: the copy is the model."""
 
     def load(self, folder: Path, device: torch.device) -> GPT2:
         """The model as ``save`` left it."""

@@ -98,7 +98,7 @@ class RewardModel:
         return _trainable(ValueModel(trunk))
 
     def load(self, folder: Path, device: torch.device) -> ValueModel:
-        """The model as it was trained: without the normaliser that ``save`` gave it."""
+        """The model as it was trained: without the normaliser of its copy."""
         model = load_reward_model(folder, device=device, dtype=torch.float32)
         model.reward_gain.fill_(1.0)
         model.reward_bias.fill_(0.0)
@@ -209,17 +209,19 @@ class RewardModel:
             "eval/ece": pair_metrics.expected_calibration_error(pair_metrics.calibration(margins)),
         }
 
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a ``GPT2ForSequenceClassification`` folder, normalised on the SFT policy's samples."""
-        assert isinstance(model, ValueModel)
-        ids = self.tokenizer
+    def finish(self, model: nn.Module, copy: nn.Module) -> None:
+        """Normalise the copy on the SFT policy's samples; the model goes on learning with raw scores."""
+        assert isinstance(model, ValueModel) and isinstance(copy, ValueModel)
         if self._samples:
             mean, std = pair_metrics.mean_and_std(self.score(model, self._samples))
-            model.set_normaliser(mean=mean, std=std)
+            copy.set_normaliser(mean=mean, std=std)
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a ``GPT2ForSequenceClassification`` folder."""
+        assert isinstance(model, ValueModel)
+        ids = self.tokenizer
         save_reward_model(model, folder, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id)
         write_hf_tokenizer(folder, ids, self.config.template)
-        model.reward_gain.fill_(1.0)
-        model.reward_bias.fill_(0.0)
 
     @torch.inference_mode()
     def score(self, model: ValueModel, rows: Sequence[Sequence[int]]) -> Tensor:

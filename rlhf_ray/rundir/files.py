@@ -26,11 +26,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text_durably(path: Path, text: str) -> None:
-    """Write a UTF-8 file in place and sync it; the caller makes its name durable."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a UTF-8 file in place and sync it; the caller makes its name durable.  OSError names the file."""
+    try:
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # which those of a full disk lack
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -49,6 +49,11 @@ def save_tree(path: str | Path, tree: Any) -> None:
 def load_tree(path: str | Path) -> Any:
     """Read what `save_tree` wrote, tensors on the CPU; CheckpointError names the file and the fault."""
     json_path, tensor_path = Path(f"{path}.json"), Path(f"{path}.safetensors")
+    if not json_path.exists():
+        raise CheckpointError(
+            f"{json_path} is missing: the checkpoint was written by another version of this program or for another "
+            "configuration; go on with that one, or begin anew (--overwrite, or another --run)"
+        )
     document = read_json(json_path)
     if not isinstance(document, dict) or set(document) != {"format_version", "tree"}:
         raise CheckpointError(f"{json_path}: is not a state tree")

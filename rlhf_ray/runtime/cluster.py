@@ -3,23 +3,28 @@
 A cluster is joined when RAY_ADDRESS names one (as it does inside a submitted job); otherwise one is started on this
 machine, for this process alone.  ``address="local"`` keeps a stale address file from being believed.
 
-Left out on purpose: placement, which is the actors' own business.
+Left out on purpose: which worker goes where, which is ``placement.py``'s; waiting for an autoscaler to add machines.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import ray
 
-from rlhf_ray.runtime.environment import joins_a_cluster
+from rlhf_ray import console
+from rlhf_ray.runtime.environment import in_a_job, joins_a_cluster
+from rlhf_ray.runtime.placement import NODE_ID, Node, Request, Seat, place, refuse, where
 
 RELEASE_SECONDS = 10.0
+LOOK_SECONDS = 60.0
 
 
 def start() -> None:
@@ -28,11 +33,11 @@ def start() -> None:
         return
     options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
     if joins_a_cluster():
-        in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        runtime_env = {} if in_job else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
+        runtime_env = {} if in_a_job() else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
         ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=runtime_env, **options)
     else:
         ray.init(address="local", **options)
+    _keep_token_private()
 
 
 def start_while_importing(module: str) -> None:
@@ -46,41 +51,71 @@ def start_while_importing(module: str) -> None:
         imported.result()
 
 
-def connect(*, need: Mapping[str, float]) -> None:
-    """Join or start the cluster, and check that it has what is needed.
+def connect(*, need: Iterable[Request]) -> dict[str, list[Seat]]:
+    """Join or start the cluster, and find every worker that a role asks for a seat.
 
-    ``need`` maps resource names (``CPU``, ``GPU``) to amounts.  Raises ValueError, naming what is missing, before any
-    worker is started: Ray itself would wait for ever.
+    Raises ValueError, after a table of what is asked for and what is there, before any worker is started: Ray itself
+    would wait for ever.  Actors that have just ended get time to hand back what they held.
     """
     start()
-    check_resources(need, ray.cluster_resources())
-    _wait_until_free(need)
-
-
-def _wait_until_free(need: Mapping[str, float]) -> None:
-    """Give actors that have just ended time to hand back what they held; ValueError when others keep it."""
-    deadline = time.monotonic() + RELEASE_SECONDS
+    requests = list(need)
+    idle = [replace(node, free_cpus=node.cpus, free_gpus=node.gpus) for node in nodes()]
+    patience = 0.0 if place(requests, idle)[1] else RELEASE_SECONDS
+    deadline = time.monotonic() + patience
     while True:
-        try:
-            return check_resources(need, ray.available_resources(), state=" free")
-        except ValueError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)
+        found = nodes()
+        seats, lacking = place(requests, found)
+        if not lacking:
+            if len(found) > 1:
+                console.say(where(seats))
+            return seats
+        if time.monotonic() > deadline:
+            refuse(requests, found, lacking)
+        time.sleep(0.2)
 
 
-def check_resources(need: Mapping[str, float], have: Mapping[str, float], *, state: str = "") -> None:
-    """Raise ValueError when a resource is asked for beyond what there is."""
-    short = [
-        f"{amount:g} {name} (there are {have.get(name, 0):g}{state})"
-        for name, amount in need.items()
-        if amount > have.get(name, 0) + 1e-9
-    ]
-    if short:
-        raise ValueError(
-            f"the cluster can't give {' and '.join(short)}; ask for fewer workers, for a smaller share of a core or "
-            "GPU each, or add machines"
+def nodes() -> list[Node]:
+    """The machines that are alive, this one first."""
+    here = ray.get_runtime_context().get_node_id()
+    free = ray._private.state.available_resources_per_node()
+    found = [
+        Node(
+            id=node["NodeID"],
+            name=f"{node['NodeManagerHostname']} {node['NodeID'][:6]}",
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            free_cpus=free.get(node["NodeID"], {}).get("CPU", 0.0),
+            free_gpus=free.get(node["NodeID"], {}).get("GPU", 0.0),
+            labels={name: value for name, value in node["Labels"].items() if name != NODE_ID},
+            here=node["NodeID"] == here,
         )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(found, key=lambda node: not node.here)
+
+
+def check_shared(folders: Sequence[Path], machines: Iterable[Node]) -> None:
+    """Raise ValueError naming a machine that does not see one of the folders."""
+
+    @ray.remote(num_cpus=0)
+    def unseen() -> list[str]:
+        return [str(folder) for folder in folders if not folder.is_dir()]
+
+    asked = [(node, unseen.options(label_selector={NODE_ID: node.id}).remote()) for node in machines]
+    for node, answer in asked:
+        for folder in ray.get(answer, timeout=LOOK_SECONDS):
+            raise ValueError(
+                f"machine {node.name} does not see {folder}: models and checkpoints belong on a disk that every "
+                "machine sees (docs/CLUSTER.md)"
+            )
+
+
+def _keep_token_private() -> None:
+    """Take the token that Ray writes, readable by every user of the machine, back to its owner."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)
 
 
 def dashboard_address() -> str | None:

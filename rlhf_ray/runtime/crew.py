@@ -1,98 +1,55 @@
-"""Workers as Ray actors.
+"""Workers as Ray actors, and what is done when one of them dies.
 
 A call returns at once with a handle, and is carried out by whichever actor is free first (`Dispatcher`).  A handle
 among the arguments of another call travels as a reference, so values go from actor to actor and never through the
 driver.  With its value a call returns what it cost, so nobody has to ask a busy actor how much it has done.
 
-Left out on purpose: replacing a dead worker.  ``_begin`` and ``_end`` are where a call starts and ends: a call that
-died with its actor can be submitted again there, and ``given`` brings the new actor up to date before it begins.
+An actor that dies, or takes longer over a call than it may, is replaced by a new one of its rank, and its call goes
+before all others to whoever is free.  ``given`` brings the new actor up to date, so the value is the one that the dead
+actor would have returned.  A value that was lost with the machine that it lay on is computed again, from arguments that
+a call keeps until nobody holds its handle.
+
+Workers ``together`` are the ranks of one: each carries out every call, and the first one's value counts.  They hold
+what nobody else does, so when one dies every call raises `WorkerLost`, until `restart`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from threading import Lock
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayTaskError
 
+from rlhf_ray.failures import Deaths, GaveUp, WorkerLost
+from rlhf_ray.runtime.actor import (
+    ASIDE,
+    DEATHS,
+    MACHINE_GONE,
+    WorkerActor,
+    cause_of_death,
+    lost_object,
+    plain,
+    wait_for,
+)
 from rlhf_ray.runtime.dispatch import Dispatcher, Job
-from rlhf_ray.types import Done, Usage
+from rlhf_ray.runtime.life import Life
+from rlhf_ray.runtime.pending import Pending, pending
+from rlhf_ray.runtime.placement import Seat
+from rlhf_ray.types import Usage
 from rlhf_ray.workers.groups import Given
 
-ASIDE = "aside"
-
-
-def wait_for(ref: Any, what: str, timeout: float) -> Any:
-    """Wait for a reference's value; raises what the call raised, or TimeoutError naming the call.
-
-    A ValueError, which a user can mend, arrives as itself; anything else as Ray's error with the remote traceback.
-    """
-    try:
-        return ray.get(ref, timeout=timeout)
-    except GetTimeoutError as error:
-        raise TimeoutError(f"no answer to {what} after {timeout:g} s") from error
-    except RayTaskError as error:
-        if isinstance(error.cause, ValueError):
-            raise error.cause from None
-        raise
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """The handle of a call that a crew has been asked for."""
-
-    job: Job
-    timeout: float
-    """Seconds."""
-
-    def result(self) -> Any:
-        """Wait for the value; raises what the call raised, or TimeoutError naming the call."""
-        try:
-            ref = self.job.ended.result(self.timeout)
-        except TimeoutError as error:
-            raise TimeoutError(f"no answer to {self.job.what} after {self.timeout:g} s") from error
-        return wait_for(ref, self.job.what, self.timeout)
-
-
-class WorkerActor:
-    """An actor that holds a worker.
-
-    The worker is built by a call: what an actor's own constructor raises, Ray gives back as text alone.
-    """
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-
-    def build(self, worker_class: type[Any], arguments: dict[str, Any]) -> None:
-        """Construct the worker, its arguments given as references."""
-        values = ray.get(list(arguments.values()))
-        self.worker = worker_class(**dict(zip(arguments, values, strict=True)))
-
-    @ray.method(num_returns=2)
-    def call(self, given: str | None, value: Any, method: str, *arguments: Any) -> tuple[Any, Usage]:
-        """What the worker's method returns, after ``given(value)`` if there is one, and the work since the last call.
-
-        The value is an argument of its own, because Ray resolves references at this level alone.
-        """
-        if given is not None:
-            getattr(self.worker, given)(value)
-        return getattr(self.worker, method)(*arguments), self.worker.usage()
-
-    def aside(self, method: str, *arguments: Any) -> Any:
-        """What the worker's method returns, carried out beside other calls."""
-        return getattr(self.worker, method)(*arguments)
-
-    def __repr__(self) -> str:
-        return self.label
+GRACE_SECONDS = 30.0
+"""That the other ranks have after one's error: it may be the echo of a death that is not known of yet."""
 
 
 class RayCrew:
-    """Equal actors of one role, started in parallel."""
+    """Actors of one role, started in parallel.  What comes below `_submit` is done by the dispatcher's thread."""
 
     def __init__(
         self,
@@ -100,46 +57,59 @@ class RayCrew:
         arguments: dict[str, Any],
         *,
         role: str,
-        size: int,
-        cpus: float,
-        gpus: float,
+        seats: Sequence[Seat],
+        own: Callable[[], Sequence[dict[str, Any]]] | None = None,
+        deaths: Deaths,
         timeout: float,
-        aside: bool = False,
+        call_timeout: float | None = None,
+        together: bool = False,
     ) -> None:
-        """Start ``size`` actors of ``worker_class(**arguments)``; ``timeout`` seconds bound every wait.
+        """Start ``worker_class(**arguments)`` in every seat.
 
-        With ``aside`` an actor has a second thread for `aside`; without it, calls run in the actor's main thread.
+        ``own`` gives what each worker's arguments differ in, a dictionary a seat, and is asked anew at every start.
+        ``timeout`` and ``call_timeout`` are the seconds that a start and a call may take.  The first of workers
+        ``together`` has a second thread, for `aside`; other workers' calls run in their actors' main threads.
         """
-        self.role, self.size, self.timeout = role, size, timeout
-        groups = {"concurrency_groups": {ASIDE: 1}} if aside else {}
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, **groups)(WorkerActor)
-        shared = {name: ray.put(value) for name, value in arguments.items()}
-        self.actors = [remote.remote(f"{role} worker {rank}") for rank in range(size)]
-        self._built = [actor.build.remote(worker_class, shared) for actor in self.actors]
-        self._holds: list[Given | None] = [None] * size
-        self._used = Usage(workers=size)
-        self._lock = Lock()
-        self._dispatcher = Dispatcher(size, self._begin, name=role)
+        self.role, self.size, self.together = role, len(seats), together
+        self.timeout, self.call_timeout = timeout, call_timeout or timeout
+        groups = {"concurrency_groups": {ASIDE: 1}} if together else {}
+        self._remotes = [ray.remote(**seat.options, **groups)(WorkerActor) for seat in seats]
+        self._worker_class, self._own = worker_class, own or (lambda: [{}] * self.size)
+        self._shared = {name: ray.put(value) for name, value in arguments.items()}
+        self._deaths, self._course = deaths, 0
+        self._failure: BaseException | None = None
+        self._used, self._lock = Usage(workers=self.size), Lock()
+        self._first_built: list[Future[None]] = []
+        self._lives: list[Life] = []
+        self._dispatcher = Dispatcher(self._begin, self._watch, name=role)
+        self._dispatcher.carry_out(self._start_all)
+
+    @property
+    def actors(self) -> list[Any]:
+        """Those that are there now."""
+        return [actor for life in self._lives for actor in life.actors]
 
     def wait_until_built(self) -> None:
-        """Wait for every worker's constructor; raises what one of them raised."""
-        for rank, ref in enumerate(self._built):
-            wait_for(ref, f"{self.role} worker {rank}: start", self.timeout)
+        """Wait until every worker has started; raises what a constructor raised."""
+        for built in self._first_built:
+            built.result()
 
     def call(self, method: str, *arguments: Any, given: Given | None = None) -> Pending:
-        """Ask whoever is free first for a method."""
-        job = Job(
-            method=method, arguments=arguments, given=given, what=f"{self.role}: {method}, for which no worker is free"
-        )
-        handles = [*arguments, given.value] if given else arguments
-        self._dispatcher.submit(job, [handle.job.ended for handle in handles if isinstance(handle, Pending)])
-        return Pending(job, self.timeout)
+        """Ask whoever is free first, or all together, for a method."""
+        job = Job(method=method, arguments=arguments, given=given, what=f"{self.role}: {method}", course=self._course)
+        self._submit(job)
+        return Pending(job, self)
 
     def aside(self, method: str, *arguments: Any) -> Any:
-        """Have the only actor carry out a method beside its calls, and wait for it."""
-        (actor,) = self.actors
-        ref = actor.aside.options(name=f"{self.role}.{method}", concurrency_group=ASIDE).remote(method, *arguments)
-        return wait_for(ref, f"{self.role} worker: {method}", self.timeout)
+        """Have the first actor carry out a method beside its calls, and wait for it; WorkerLost when it dies."""
+        (life,) = self._lives
+        who = life.names[0]
+        try:
+            return wait_for(life.aside(method, *arguments), f"{who}: {method}", self.call_timeout)
+        except (TimeoutError, *DEATHS) as error:
+            why = cause_of_death(error) or str(error)
+            self._dispatcher.post(partial(self._end_of, life, who, why))
+            raise WorkerLost(who, why) from error
 
     def usage(self) -> Usage:
         """Work of all calls that have ended since this was last asked."""
@@ -147,44 +117,171 @@ class RayCrew:
             used, self._used = self._used, Usage(workers=self.size)
         return used
 
+    def compute_again(self, job: Job, ref: Any) -> None:
+        """Have a call carried out again whose value was lost, unless somebody has asked for that already."""
+        if job.renew(ref):
+            self._deaths.say(f"{job.what}: its value was lost with its machine; it is computed again")
+            if self.together:
+                self._dispatcher.post(partial(self._end_of, self._lives[0], self.role, MACHINE_GONE))
+            self._submit(job)
+
+    def abandon(self) -> None:
+        """Carry out none of the calls that were asked for until now and have not begun."""
+        self._course += 1
+
+    def restart(self) -> None:
+        """Have workers together begin anew, with none of the calls that were asked for until now; waits for them."""
+        assert self.together
+        self.abandon()
+        self._dispatcher.carry_out(self._start_all)
+        self.wait_until_built()
+
     def stop(self) -> None:
         """End every actor."""
         self._dispatcher.stop()
-        for actor in self.actors:
-            ray.kill(actor)
+        for life in self._lives:
+            life.end()
+
+    def _submit(self, job: Job) -> None:
+        self._dispatcher.submit(job, [handle.job.ended for handle in pending(job)])
+
+    def _start_all(self) -> None:
+        """Have every worker start, after ending those that are there."""
+        for life in self._lives:
+            self._retire(life)
+        self._failure = None
+        self._first_built = [Future() for _ in range(1 if self.together else self.size)]
+        self._lives = [self._start(rank) for rank in range(len(self._first_built))]
+
+    def _start(self, rank: int) -> Life:
+        """Start the actor of a rank, or those of all ranks together."""
+        ranks = range(self.size) if self.together else [rank]
+        names = [f"{self.role} worker {rank}" for rank in ranks]
+        life = Life(rank, self.role, names, [self._remotes[rank] for rank in ranks])
+        own = self._own()
+        arguments = [self._shared | {name: ray.put(value) for name, value in own[rank].items()} for rank in ranks]
+        for name, ref in zip(names, life.build(self._worker_class, arguments, seconds=self.timeout), strict=True):
+            self._dispatcher.when_done(ref.future(), self._built, life, name)
+        return life
+
+    def _all_answered(self, life: Life, who: str, done: Future[Any]) -> bool:
+        """Note how an actor has ended what it did; whether it was the last one."""
+        error = done.exception()
+        if error and (why := cause_of_death(error)):
+            self._end_of(life, who, why)
+            return False
+        if error and not life.error:
+            life.error = error
+            life.deadline = min(life.deadline, time.monotonic() + GRACE_SECONDS)
+        life.waiting -= 1
+        return not life.waiting
+
+    def _built(self, life: Life, who: str, done: Future[None]) -> None:
+        """Note that an actor has started."""
+        if life not in self._lives or self._failure or not self._all_answered(life, who, done):
+            return
+        if life.error:
+            self._fail(plain(life.error))
+            return
+        life.built = True
+        life.rest()
+        if not self._first_built[life.rank].done():
+            self._first_built[life.rank].set_result(None)
+        self._dispatcher.free(life.rank)
 
     def _begin(self, rank: int, job: Job) -> None:
-        """Have one actor carry out a job."""
-        job.what = f"{self.role} worker {rank}: {job.method}"
-        given = job.given if job.given is not self._holds[rank] else None
-        begin = self.actors[rank].call.options(name=f"{self.role}.{job.method}")
+        """Have a worker carry out a job."""
+        life = self._lives[rank]
         try:
-            update = (given.method, _reference(given.value)) if given else (None, None)
-            ref, used = begin.remote(*update, job.method, *map(_reference, job.arguments))
+            self._send(life, job)
         except Exception as error:  # it can't be sent: whoever waits for it must hear of it
-            job.ended.set_exception(error)
+            job.give_up(error)
+        if life.job is None:
             self._dispatcher.free(rank)
+
+    def _send(self, life: Life, job: Job) -> None:
+        if self._failure:
+            raise self._failure
+        if job.course != self._course:
+            raise WorkerLost(job.what, "it was asked for before the run went back")
+        if not all(handle.job.ended.done() for handle in pending(job)):
+            self._submit(job)  # one is computed again
             return
-        self._holds[rank] = job.given or self._holds[rank]
-        used.future().add_done_callback(partial(self._end, rank, job, ref))
+        answers = life.send(job, seconds=self.call_timeout)
+        for name, (_, used) in zip(life.names, answers, strict=True):
+            self._dispatcher.when_done(used.future(), self._ended, life, name, job, answers[0][0])
 
-    def _end(self, rank: int, job: Job, ref: Any, used: Future[Usage]) -> None:
-        """Note that a job has ended, in a thread of Ray's that must not be held up."""
-        if used.exception() is None:
+    def _ended(self, life: Life, who: str, job: Job, ref: Any, done: Future[Usage]) -> None:
+        """Note that an actor has ended a job."""
+        if life.job is not job:
+            return  # it was taken for dead
+        if not done.exception():
             with self._lock:
-                self._used += replace(used.result(), workers=0)
+                self._used += replace(done.result(), workers=0)
+        if self._all_answered(life, who, done):
+            life.rest()
+            self._settle(job, ref, life.error)
+            self._dispatcher.free(life.rank)
+
+    def _settle(self, job: Job, ref: Any, error: BaseException | None) -> None:
+        """Say where a job's value is, or have it carried out again if an argument was lost, or raise its error."""
+        if error is None:
+            job.settle(ref)
+        elif job.course == self._course and (lost := lost_object(error)) and job.may_try_again():
+            for handle in pending(job):
+                if handle.job.is_at(lost):
+                    handle.crew.compute_again(handle.job, handle.job.ended.result())
+            self._submit(job)
         else:
-            self._holds[rank] = None  # for it may have failed on the way there
-        job.arguments, job.given = (), None  # what it held on to, such as an old policy's weights, can go
-        job.ended.set_result(ref)
-        self._dispatcher.free(rank)
+            job.give_up(plain(error))
 
+    def _watch(self) -> None:
+        """Look for what takes too long."""
+        for life in [life for life in self._lives if life.deadline < time.monotonic()]:
+            life.deadline = math.inf
+            who = life.names[0]
+            if life.error:
+                self._fail(plain(life.error))
+            elif life.job:
+                self._end_of(life, who, f"no answer to {life.job.method} for {self.call_timeout:g} s")
+            elif any(other.built for other in self._lives):
+                self._deaths.say(f"{who} has not started within {self.timeout:g} s; the others go on without it")
+            else:
+                self._fail(TimeoutError(f"{who} has not started within {self.timeout:g} s"))
 
-def _reference(argument: Any) -> Any:
-    """A handle as something that Ray hands over by reference, a value as itself."""
-    if isinstance(argument, Pending):
-        return argument.job.ended.result()
-    return argument.value if isinstance(argument, Done) else argument
+    def _end_of(self, life: Life, who: str, why: str) -> None:
+        """Replace a worker that has died, and hand its job out again; fail where that can't be done."""
+        if life not in self._lives or self._failure:
+            return
+        if self.together and life.built:
+            self._fail(WorkerLost(who, why))
+            return
+        self._retire(life)
+        try:
+            if life.built or why != MACHINE_GONE:  # Ray may start one on a machine that it does not yet know is gone
+                self._deaths.note(who, why, "replaced" + (", 1 job handed out again" if life.job else ""))
+        except GaveUp as error:
+            self._fail(error)
+            return
+        if life.job:
+            self._dispatcher.again(life.job)
+        self._lives[life.rank] = self._start(life.rank)
+
+    def _retire(self, life: Life) -> None:
+        self._dispatcher.gone(life.rank)
+        life.end()
+
+    def _fail(self, error: BaseException) -> None:
+        """Raise an error wherever a start or a value is waited for, from now on."""
+        self._failure = error
+        for built in self._first_built:
+            if not built.done():
+                built.set_exception(error)
+        for life in self._lives:
+            if life.job:
+                life.job.give_up(error)
+            life.rest()
+            self._dispatcher.free(life.rank)  # for jobs to come and hear of it
 
 
 def wait_until_built(crews: Sequence[RayCrew]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from rlhf_ray.config.loader import REPOSITORY
 
@@ -30,6 +31,25 @@ ONE_BOX = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 def joins_a_cluster() -> bool:
     """Whether RAY_ADDRESS names a cluster to join, as it does inside a submitted job."""
     return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def in_a_job() -> bool:
+    """Whether ``ray job submit`` started this process."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def check_lasting(folder: Path) -> None:
+    """Raise ValueError when a folder for results is in a job's copy of the code, which Ray deletes with the job."""
+    if in_a_job() and "runtime_resources" in REPOSITORY.parts and folder.is_relative_to(REPOSITORY):
+        raise ValueError(
+            f"checkpoints = {folder}: a submitted job runs in a copy of the working directory that is deleted when it "
+            "ends; name a folder that every machine sees, such as --checkpoints /shared/checkpoints, or a --mirror"
+        )
+
+
+def stop_seconds() -> float:
+    """How long ``ray job stop`` lets a job finish its step and save before it kills it."""
+    return float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3"))
 
 
 def prepare_environment() -> None:

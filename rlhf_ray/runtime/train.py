@@ -26,14 +26,16 @@ from rlhf_ray.checkpoint import CheckpointStore, RunLock
 from rlhf_ray.config import TrainConfig
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.scoring import compute_type
-from rlhf_ray.run import Run
+from rlhf_ray.run import Run, prepare_folder
 from rlhf_ray.rundir.config_diff import config_difference
 from rlhf_ray.rundir.metrics import read_metrics
 from rlhf_ray.rundir.signals import StopSignals
 from rlhf_ray.runtime.cluster import connect
+from rlhf_ray.runtime.placement import Request
 from rlhf_ray.runtime.train_job import Job, make_job, work
 from rlhf_ray.runtime.train_state import ClosingReport, TrainState
 from rlhf_ray.runtime.train_step import World
+from rlhf_ray.storage import mirror_of
 
 CPUS_PER_WORKER = 0.5
 """A booking, not a limit; whole cores would leave Ray none for anything else on a small machine."""
@@ -65,21 +67,23 @@ def train(objective_name: str, config: TrainConfig) -> Path:
     Raises ValueError for what the user can mend, and Interrupted after Ctrl-C or SIGTERM, once all is saved.
     """
     job = make_job(objective_name, config)
-    if config.overwrite and job.folder.exists():
-        with RunLock(job.folder):
-            shutil.rmtree(job.folder)
+    mirror = mirror_of(config, job.folder.parent.name)
+    if config.overwrite:
+        prepare_folder(job.folder, mirror, overwrite=True)
     if config.resume and is_complete(job):
         _say_complete(job)
+        CheckpointStore(job.folder, keep=config.keep, keep_every=config.keep_every, mirror=mirror).close()
         return model_folder(job.folder)
-    _check_inputs(job)
     (job.folder / STOP).unlink(missing_ok=True)
     _clear_if_nothing_came_of_it(job.folder)
+    prepare_folder(job.folder, mirror, overwrite=False)
     console.say(f"writing to {job.folder}")
     try:
         with Run.open(
             job.folder, job.saved_config, resume=config.resume, allow_config_change=config.allow_config_change
-        ):
-            pass  # the run's own process opens it again; this one settles what is wrong with it
+        ):  # by its own process again, which tells of refused checkpoints; this one settles what is wrong with it
+            store = CheckpointStore(job.folder, keep=1, mirror=mirror, report=lambda refused: None)
+            _check_inputs(job, store.newest_complete())
         complete = _here(job) if config.num_workers == 0 else _on_ray(job)
     finally:
         _clear_if_nothing_came_of_it(job.folder)
@@ -113,9 +117,8 @@ def _say_complete(job: Job) -> None:
         console.say(line)
 
 
-def _check_inputs(job: Job) -> None:
-    newest = CheckpointStore(job.folder, keep=1).latest()
-    if newest is None or job.config.allow_config_change or not job.config.resume:
+def _check_inputs(job: Job, newest: Path | None) -> None:
+    if newest is None or job.config.allow_config_change:
         return
     if TrainState.read(newest).inputs != job.inputs:
         raise ValueError(
@@ -194,9 +197,8 @@ def _on_ray(job: Job) -> bool:
     """Train on Ray workers; this process waits, and passes signals on to them."""
     from ray.train import TrainingFailedError
 
-    workers = job.config.num_workers
-    need = {"CPU": CPUS_PER_WORKER * workers}
-    connect(need=need | ({"GPU": float(workers)} if job.device.startswith("cuda") else {}))
+    gpus = 1.0 if job.device.startswith("cuda") else 0.0
+    connect(need=[Request(role="training", count=job.config.num_workers, cpus=CPUS_PER_WORKER, gpus=gpus)])
     trainer = _trainer(_worker_loop, job)
     signals = StopSignals() if threading.current_thread() is threading.main_thread() else None
     result = _in_background(trainer.fit)

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from rlhf_ray.config import TrainConfig, repository_path
+from rlhf_ray.config.run_fields import HOW_TO_RUN
 from rlhf_ray.generation.load import find_device
 from rlhf_ray.objectives import OBJECTIVES
 from rlhf_ray.run import Run
-from rlhf_ray.runtime.train_loop import TrainLoop, run_loop
+from rlhf_ray.runtime.train_loop import TrainLoop
+from rlhf_ray.runtime.train_run import run_loop
 from rlhf_ray.runtime.train_state import digest
 from rlhf_ray.runtime.train_step import World
 
-RUNTIME_FIELDS = {"resume", "allow_config_change", "overwrite", "cache"}
+RUNTIME_FIELDS = HOW_TO_RUN | {"cache"}
 """Fields that say how to start, not what to do; they are no part of a run's configuration."""
 
 

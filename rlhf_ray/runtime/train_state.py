@@ -1,4 +1,5 @@
-"""What a training run writes down beside its model: how far it is, on what inputs, and its closing report.
+"""What a training run writes down: a copy of its model and optimiser, how far it is, on what inputs, and its closing
+report.
 
 Left out on purpose: generators and data positions; both follow from seed and step.
 """
@@ -8,9 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from torch import nn
+
+from rlhf_ray.checkpoint import save_tree
 from rlhf_ray.rundir.files import read_json, replace_text
 
 FOLDER = "trainer"
@@ -28,6 +33,8 @@ class TrainState:
     """Tokens trained on so far."""
     inputs: str
     """Digest of the files that the run is trained on."""
+    window: dict[str, list[float]] = field(default_factory=dict)
+    """The `Window` of the steps since the last line of metrics."""
 
     def write(self, checkpoint: Path) -> None:
         """Write ``trainer/state.json``."""
@@ -43,6 +50,21 @@ class TrainState:
 def optimiser_path(checkpoint: Path) -> Path:
     """Where a checkpoint keeps its optimiser, for save_tree and load_tree."""
     return checkpoint / FOLDER / "optimiser"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A run after one of its steps, in host memory, to be written while it goes on."""
+
+    model: nn.Module
+    optimiser: dict[str, Any]
+    state: TrainState
+
+    def write(self, checkpoint: Path) -> None:
+        """Write everything but the model, whose format the objective knows."""
+        optimiser_path(checkpoint).parent.mkdir()
+        save_tree(optimiser_path(checkpoint), self.optimiser)
+        self.state.write(checkpoint)
 
 
 def digest(files: Sequence[Path]) -> str:

@@ -113,14 +113,7 @@ class GeneratorGroup(Group):
     def generate(self, batch: PromptBatch, policy_version: int) -> Shards[Rollout]:
         """Rows in shards of ``shard_size``, each sampled with the weights that are the newest now."""
         calls = [
-            self.crew.call(
-                "generate",
-                batch,
-                policy_version,
-                start,
-                min(start + self.shard_size, len(batch)),
-                given=self._weights,
-            )
+            self.crew.call("generate", batch.rows(start, start + self.shard_size), policy_version, given=self._weights)
             for start in range(0, len(batch), self.shard_size)
         ]
         return Shards(tuple(calls))
@@ -150,7 +143,7 @@ class ReferenceGroup(Group):
 
 
 class LearnerGroup(Group):
-    """The learner: one worker."""
+    """The learner: one worker, or several ranks that are given every call together and answer as one."""
 
     def evaluate(self, rollouts: Shards[Rollout]) -> Shards[Evaluation]:
         """Old log-probabilities, entropies and values of each shard."""

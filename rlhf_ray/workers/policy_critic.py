@@ -2,7 +2,7 @@
 
 Both answer one call with log-probabilities, entropies and values of a micro-batch, all aligned to the token that they
 are about.  The separate critic starts from the reward model (Huang et al., N+); the shared head starts at zero
-(Ziegler et al. 2019).
+(Ziegler et al. 2019).  Ranks that hold a part each call every method but ``save`` together.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.models import GPT2
 from rlhf_ray.models.gpt2 import compile_blocks
 from rlhf_ray.models.heads import SharedValueHead, ValueModel
-from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy
+from rlhf_ray.models.hf_weights import WEIGHTS, load_policy, load_reward_model, save_policy
 from rlhf_ray.models.scoring import autocast, response_layout, response_logprobs
 from rlhf_ray.ops.logprobs import at_tokens
+from rlhf_ray.rundir.fit import check_module
 from rlhf_ray.types import Rollout
-from rlhf_ray.workers.snapshot import copy_of_module
+from rlhf_ray.workers.ranks import Ranks
+from rlhf_ray.workers.sharding import load_whole, rest, shard, whole
+from rlhf_ray.workers.snapshot import copy_of_module, shape_of_module
 
 
 class PolicyCritic(Protocol):
@@ -42,12 +45,20 @@ class PolicyCritic(Protocol):
         """AdamW's groups; weight decay on matrices alone."""
         ...
 
-    def clip_gradients(self, max_norm: float) -> dict[str, float]:
+    def clip_gradients(self, max_norm: float, ranks: Ranks) -> dict[str, float]:
         """Clip, each network by its own norm (0 clips nothing), and return the norms before."""
         ...
 
+    def shard(self) -> None:
+        """Share the parameters out among all ranks, before an optimiser sees them."""
+        ...
+
+    def rest(self) -> None:
+        """Hold a part again where each rank holds one, after forward passes that no backward pass has followed."""
+        ...
+
     def snapshot(self) -> PolicyCritic:
-        """A copy in host memory, which later updates do not touch."""
+        """A copy in host memory, of the first rank if each holds a part; later updates do not touch it."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -69,9 +80,17 @@ def _groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) 
     ]
 
 
-def _clip(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
-    norm = nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float, ranks: Ranks) -> float:
+    trained = list(parameters)
+    norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+    norm = ranks.same(norm)
+    nn.utils.clip_grads_with_norm_(trained, max_norm if max_norm > 0 else float("inf"), norm)
     return float(norm)
+
+
+def _take(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    check_module(module, state, path)
+    load_whole(module, state)
 
 
 class SeparateCritic:
@@ -92,6 +111,7 @@ class SeparateCritic:
         self.dtype = dtype
         self.special = special
         self.temperature = temperature
+        self._shapes = self.policy, self.critic
 
     def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logprobs, entropy and values, (b, t)."""
@@ -109,17 +129,27 @@ class SeparateCritic:
         policy = _groups(self.policy.parameters(), lr, weight_decay)
         return policy + _groups(self.critic.parameters(), value_lr, weight_decay)
 
-    def clip_gradients(self, max_norm: float) -> dict[str, float]:
+    def clip_gradients(self, max_norm: float, ranks: Ranks) -> dict[str, float]:
         """Policy and critic, each by its own norm."""
         return {
-            "policy/grad_norm": _clip(self.policy.parameters(), max_norm),
-            "critic/grad_norm": _clip(self.critic.parameters(), max_norm),
+            "policy/grad_norm": _clip(self.policy.parameters(), max_norm, ranks),
+            "critic/grad_norm": _clip(self.critic.parameters(), max_norm, ranks),
         }
+
+    def shard(self) -> None:
+        """Both networks."""
+        self._shapes = shape_of_module(self.policy), shape_of_module(self.critic)
+        shard(self.policy, self.policy.h, forward="states")
+        shard(self.critic, self.critic.trunk.h, forward="values")
+
+    def rest(self) -> None:
+        """Both networks."""
+        rest(self.policy, self.critic)
 
     def snapshot(self) -> SeparateCritic:
         """Both networks."""
-        twin = copy(self)
-        twin.policy, twin.critic = copy_of_module(self.policy), copy_of_module(self.critic)
+        twin, (policy, critic) = copy(self), self._shapes
+        twin.policy, twin.critic = copy_of_module(self.policy, policy), copy_of_module(self.critic, critic)
         return twin
 
     def save(self, folder: Path) -> None:
@@ -129,8 +159,8 @@ class SeparateCritic:
 
     def load(self, folder: Path) -> None:
         """Both networks."""
-        self.policy.load_state_dict(load_policy(folder, device="cpu", dtype=torch.float32).state_dict())
-        self.critic.load_state_dict(load_tree(folder / "critic"))
+        _take(self.policy, load_policy(folder).state_dict(), folder / WEIGHTS)
+        _take(self.critic, load_tree(folder / "critic"), folder / "critic.safetensors")
 
 
 class SharedCritic:
@@ -143,6 +173,7 @@ class SharedCritic:
         self.dtype = dtype
         self.special = special
         self.temperature = temperature
+        self._shapes = self.policy, self.head
 
     def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logprobs, entropy and values, (b, t)."""
@@ -159,14 +190,24 @@ class SharedCritic:
             self.head.parameters(), value_lr, weight_decay
         )
 
-    def clip_gradients(self, max_norm: float) -> dict[str, float]:
+    def clip_gradients(self, max_norm: float, ranks: Ranks) -> dict[str, float]:
         """Trunk and head by one norm."""
-        return {"policy/grad_norm": _clip([*self.policy.parameters(), *self.head.parameters()], max_norm)}
+        return {"policy/grad_norm": _clip([*self.policy.parameters(), *self.head.parameters()], max_norm, ranks)}
+
+    def shard(self) -> None:
+        """Trunk and head."""
+        self._shapes = shape_of_module(self.policy), shape_of_module(self.head)
+        shard(self.policy, self.policy.h, forward="states")
+        shard(self.head, (), forward="forward")
+
+    def rest(self) -> None:
+        """Trunk and head."""
+        rest(self.policy, self.head)
 
     def snapshot(self) -> SharedCritic:
         """Trunk and head."""
-        twin = copy(self)
-        twin.policy, twin.head = copy_of_module(self.policy), copy_of_module(self.head)
+        twin, (policy, head) = copy(self), self._shapes
+        twin.policy, twin.head = copy_of_module(self.policy, policy), copy_of_module(self.head, head)
         return twin
 
     def save(self, folder: Path) -> None:
@@ -176,8 +217,8 @@ class SharedCritic:
 
     def load(self, folder: Path) -> None:
         """Trunk and head."""
-        self.policy.load_state_dict(load_policy(folder, device="cpu", dtype=torch.float32).state_dict())
-        self.head.load_state_dict(load_tree(folder / "value_head"))
+        _take(self.policy, load_policy(folder).state_dict(), folder / WEIGHTS)
+        _take(self.head, load_tree(folder / "value_head"), folder / "value_head.safetensors")
 
 
 def build_policy_critic(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import RewardSource
+from rlhf_ray.config.secrets import redacted
 from rlhf_ray.rewards import REWARDS, RewardContext
 from rlhf_ray.types import Rollout, Usage
 from rlhf_ray.workers.meter import Meter
@@ -18,7 +19,7 @@ class RewardWorker:
 
     def __init__(self, sources: Sequence[RewardSource], context: RewardContext, *, threads: int) -> None:
         self.terms = [(source.weight, REWARDS[source.kind](source, context)) for source in sources]
-        self.names = ", ".join(source.source for source in sources)
+        self.names = ", ".join(redacted(source.source) for source in sources)
         self.meter = Meter(threads)
 
     @torch.inference_mode()

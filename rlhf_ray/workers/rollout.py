@@ -60,21 +60,18 @@ class RolloutWorker:
         self.meter = Meter(threads or (share if isinstance(self.engine, NativeEngine) else 1))
 
     def update_weights(self, weights: Weights) -> None:
-        """Take over a policy; AssertionError when its bytes are not those that were sent."""
-        import_weights(self.policy, weights)
+        """Take over a policy; AssertionError when its bytes or its version are not those that were sent."""
+        import_weights(self.policy, weights, threads=self.meter.threads)
         self.policy_version = weights.policy_version
 
-    def generate(self, batch: PromptBatch, policy_version: int, start: int, stop: int) -> Rollout:
-        """Answer rows ``start`` to ``stop`` of a batch; AssertionError when the policy is not the one asked for."""
+    def generate(self, batch: PromptBatch, policy_version: int) -> Rollout:
+        """Answer the prompts of some rows; AssertionError when the policy is not the one asked for."""
         assert self.policy_version == policy_version, (
             f"rollout worker holds policy version {self.policy_version}, asked to sample with {policy_version}"
         )
-        prompt_ids = batch.prompt_ids[start:stop]
-        prompts = [list(self.prompts.token_ids[i]) for i in prompt_ids]
-        length = self.sampling.max_new_tokens
-        uniforms = np.stack(
-            [row_uniforms(self.seed, batch.step, row, length) for row in range(start, stop)]
-        )  # (b, length)
+        prompts = [list(self.prompts.token_ids[i]) for i in batch.prompt_ids]
+        rows, length = range(batch.first_row, batch.first_row + len(batch)), self.sampling.max_new_tokens
+        uniforms = np.stack([row_uniforms(self.seed, batch.step, row, length) for row in rows])  # (b, length)
         with self.meter.busy():
             completions = self.engine.generate(prompts, uniforms, self.sampling)
         self.meter.count(sum(len(completion.tokens) for completion in completions))
@@ -82,10 +79,10 @@ class RolloutWorker:
             prompts,
             completions,
             pad_id=self.pad_id,
-            prompt_ids=prompt_ids.tolist(),
+            prompt_ids=batch.prompt_ids.tolist(),
             policy_version=self.policy_version,
         )
-        return replace(rollout, group_ids=torch.from_numpy(batch.group_ids[start:stop].copy()))
+        return replace(rollout, group_ids=torch.from_numpy(batch.group_ids.copy()))
 
     def usage(self) -> Usage:
         """Tokens generated and seconds spent since the last call."""

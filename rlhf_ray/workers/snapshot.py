@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from rlhf_ray.workers.sharding import in_host_memory
+
 M = TypeVar("M", bound=nn.Module)
 
 
-def copy_of_module(module: M) -> M:
-    """The module with parameters and buffers of its own, on the CPU; its device gets no second copy meanwhile."""
-    tensors = {id(x): nn.Parameter(copy_of_state(x)) for x in module.parameters()}
-    buffers = {id(x): copy_of_state(x) for x in module.buffers()}
-    return deepcopy(module, {**tensors, **buffers})
+def shape_of_module(module: M) -> M:
+    """The module without its values: what copies are made in the image of once it is sharded."""
+    return _twin(module, [x.detach().to("meta") for x in _tensors(module)])
+
+
+def copy_of_module(module: M, shape: M) -> M:
+    """The module with whole parameters and buffers of its own, on the CPU; its device gets no second copy meanwhile.
+
+    ``shape`` is the module itself, or what it was before it was sharded.
+    """
+    return _twin(shape, [in_host_memory(x) for x in _tensors(module)])
 
 
 def copy_of_state(value: Any) -> Any:
     """Nested dicts, lists and tuples with a copy of every tensor, on the CPU."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return in_host_memory(value)
     if isinstance(value, dict):
         return {key: copy_of_state(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(copy_of_state(item) for item in value)
     return value
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _twin(shape: M, tensors: Iterable[Tensor]) -> M:
+    """The module with other parameters and buffers, in their order."""
+    given = {
+        id(old): nn.Parameter(new) if isinstance(old, nn.Parameter) else new
+        for old, new in zip(_tensors(shape), tensors, strict=True)
+    }
+    return deepcopy(shape, given)

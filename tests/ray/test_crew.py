@@ -1,8 +1,9 @@
-"""Crews of actors: work goes to whoever is free, weights go before it, and a dead actor is not waited for."""
+"""Crews of actors: work goes to whoever is free, weights go before it, and the dead are replaced a few times."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -12,15 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import ObjectLostError
 from worlds import Workers, make_world, ppo_config, stir
 
 from rlhf_ray.crews import worker_arguments
 from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.failures import Deaths, GaveUp
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.roles import gather
 from rlhf_ray.runtime.cluster import connect, ray
 from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
-from rlhf_ray.types import Done, Rollout
+from rlhf_ray.runtime.dispatch import MOST_LOSSES
+from rlhf_ray.runtime.placement import Request
+from rlhf_ray.types import Done, Rollout, Usage
 from rlhf_ray.workers.groups import GeneratorGroup, LocalCrew
 from rlhf_ray.workers.rollout import RolloutWorker
 
@@ -63,15 +68,14 @@ def test_a_slow_worker_delays_no_shard_and_every_shard_has_the_weights_it_was_as
             asked.append(group.generate(stream.take(step), step))
         return [gather(shards) for shards in asked]
 
-    connect(need={})
+    seats = connect(need=[Request(role="rollout", count=2, cpus=0.1)])["rollout"]
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     crew = RayCrew(
         UnequalRolloutWorker,
         {**worker_arguments(config, read_inputs(config))[RolloutWorker], "notes": tmp_path},
         role="rollout",
-        size=2,
-        cpus=0.1,
-        gpus=0.0,
+        seats=seats,
+        deaths=Deaths(0, 60.0, print),
         timeout=120.0,
     )
     try:
@@ -88,9 +92,104 @@ def test_a_slow_worker_delays_no_shard_and_every_shard_has_the_weights_it_was_as
         used = crew.usage()
         assert used.tokens == sum(int(rollout.response_mask.sum()) for rollout in found)
         assert used.workers == 2 and crew.usage().tokens == 0
-        for actor in crew.actors:
-            ray.kill(actor)
-        with pytest.raises(ray.exceptions.RayActorError):
-            crew.call("usage").result()
     finally:
         stop([crew])
+
+
+class MortalWorker:
+    """Falls as often as it is told to, over all lives."""
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+
+    def fall(self, name: str, times: int) -> str:
+        """Die, or answer when that has been done often enough."""
+        with (self.notes / name).open("a+", encoding="utf-8") as file:
+            file.write("x")
+            file.flush()
+            if file.tell() <= times:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return name
+
+    def fail(self) -> None:
+        """Make a mistake."""
+        raise KeyError("answer")
+
+    def miss(self, ref: str, *values: object) -> None:
+        """Say that a value is lost, when that may be said."""
+        (self.notes / "asked").touch()
+        while not (self.notes / "gone").exists():
+            time.sleep(0.01)
+        with (self.notes / "missed").open("a", encoding="utf-8") as file:
+            file.write("x")
+        raise ObjectLostError(ref, None, "")
+
+    def usage(self) -> Usage:
+        """Nothing."""
+        return Usage()
+
+
+def test_the_dead_are_replaced_as_often_as_the_run_stands_it_and_mistakes_are_not_repeated(tmp_path: Path) -> None:
+    seats = connect(need=[Request(role="mortal", count=2, cpus=0.1)])["mortal"]
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    said: list[str] = []
+    deaths = Deaths(3, 600.0, said.append)
+    crew = RayCrew(MortalWorker, {"notes": tmp_path}, role="mortal", seats=seats, deaths=deaths, timeout=120.0)
+    try:
+        wait_until_built([crew])
+        with pytest.raises(KeyError, match="answer"):
+            crew.call("fail").result()
+        (tmp_path / "gone").touch()
+        with pytest.raises(ObjectLostError):
+            crew.call("miss", "00").result()
+        assert (tmp_path / "missed").read_text() == "x" * (1 + MOST_LOSSES)
+        falls, others = crew.call("fall", "often", 3), [crew.call("fall", f"never {i}", 0) for i in range(4)]
+        assert [other.result() for other in others] == [f"never {i}" for i in range(4)]
+        assert falls.result() == "often"
+        assert deaths.count == len(said) == 3
+        for line in said:
+            assert line.startswith("mortal worker ") and line.endswith("; replaced, 1 job handed out again")
+        last = crew.call("fall", "once", 1)
+        with pytest.raises(
+            GaveUp, match=r"died 4 times within 600 s, and max_restarts is 3: mortal worker \d (once|\d times)"
+        ):
+            last.result()
+        with pytest.raises(GaveUp):  # and so does everything that it is asked for from now on
+            crew.call("fall", "never", 0).result()
+    finally:
+        stop([crew])
+
+
+def test_a_course_that_was_left_ends_nobody_for_the_values_that_it_misses(tmp_path: Path) -> None:
+    """A learner's value that was lost means that the learner is: the old one, which has been replaced since."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    deaths = Deaths(0, 600.0, print)
+    crews = []
+    for role in ("learner", "mortal"):
+        seats = connect(need=[Request(role=role, count=1, cpus=0.1)])[role]
+        together = role == "learner"
+        crews.append(
+            RayCrew(
+                MortalWorker,
+                {"notes": tmp_path},
+                role=role,
+                seats=seats,
+                deaths=deaths,
+                timeout=120.0,
+                together=together,
+            )
+        )
+    learner, mortal = crews
+    try:
+        wait_until_built(crews)
+        weights = learner.call("fall", "never", 0)
+        missing = mortal.call("miss", weights.job.ended.result().hex(), weights)
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.01)
+        mortal.abandon()
+        (tmp_path / "gone").touch()
+        with pytest.raises(ObjectLostError):
+            missing.result()
+        assert learner.call("fall", "never", 0).result() == weights.result() == "never"
+    finally:
+        stop(crews)

@@ -300,6 +300,12 @@ def test_keeps_the_newest_and_the_best_across_a_resume(tmp_path: Path) -> None:
     assert names(tmp_path) == {"step_000060", "latest", "best"}, "among equals the newer is the best"
 
 
+def test_every_kth_is_kept_for_ever(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        store_of(tmp_path, keep=1, keep_every=3).write(step, fill)
+    assert names(tmp_path) == {"step_000003", "step_000006", "step_000007", "latest"}
+
+
 def test_an_unreadable_checkpoint_counts_for_nothing_and_is_left_as_evidence(tmp_path: Path) -> None:
     store = store_of(tmp_path, keep=2)
     store.write(1, fill)
@@ -331,7 +337,7 @@ def test_an_error_while_filling_passes_through_and_leaves_nothing(tmp_path: Path
     assert names(tmp_path) == {"step_000001", "latest"}
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_best": -1}, {"mode": "most"}])
+@pytest.mark.parametrize("options", [{"keep": 0}, {"keep_best": -1}, {"keep_every": -1}, {"mode": "most"}])
 def test_options_out_of_range_are_refused_by_name(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))} is {next(iter(options.values()))!r}"):
         store_of(tmp_path, **options)
@@ -481,15 +487,18 @@ def test_a_mirror_follows_the_store_and_gives_checkpoints_back(tmp_path: Path) -
         store = store_of(root, keep=2, mirror=mirror)
         for step in (1, 2, 3):
             store.write(step, lambda folder, step=step: fill(folder, step))
+        store.close()
         assert mirror.names() == ["step_000002", "step_000003"]
-        assert mirror.latest() == "step_000003"
+        assert mirror.read("latest") == b"step_000003\n"
         shutil.rmtree(root)
+        store = store_of(root, keep=2, mirror=mirror)
         back = store.newest_complete()
         assert back == root / "step_000003"
         assert value_of(back) == 3
         os.truncate(back / "state.json", 1)
         assert value_of(store.newest_complete() or root) == 3, "a damaged local one is fetched again"
         store.write(3, lambda folder: fill(folder, 9))
+        store.close()
         mirror.pull("step_000003", tmp_path / f"pulled{i}")
         assert value_of(tmp_path / f"pulled{i}") == 9
 
@@ -500,13 +509,9 @@ def test_a_damaged_mirrored_checkpoint_is_refused_and_the_one_before_taken(tmp_p
     store = store_of(tmp_path / "run", mirror=mirror, report=refused.append)
     store.write(1, fill)
     store.write(2, fill)
+    store.close()
     (tmp_path / "remote" / "step_000002" / "state.safetensors").unlink()
     shutil.rmtree(store.root)
     assert store.newest_complete() == store.root / "step_000001"
     assert names(store.root) == {"step_000001"}
     assert "state.safetensors: missing" in refused[0]
-
-
-def test_a_mirror_without_a_known_scheme_is_refused() -> None:
-    with pytest.raises(ValueError, match="mirror is 'ftq://x/y'"):
-        Mirror.open("ftq://x/y")

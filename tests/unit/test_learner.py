@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from worlds import Workers, make_world, policy_weights, ppo_config, stir
 
 from rlhf_ray.algorithms.ppo import credit
-from rlhf_ray.types import Experience
+from rlhf_ray.crews import check_cards
+from rlhf_ray.types import Experience, select
+from rlhf_ray.workers.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,44 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(world: Path, critic: 
         part, metrics = moved(size, tokens)
         torch.testing.assert_close(part, whole, atol=2e-6, rtol=1e-4)
         assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(1, 0), (2, 0), (12, 0), (12, 40)])
+def test_ranks_take_each_row_once_and_equally_many_micro_batches(world: Path, size: int, tokens: int) -> None:
+    rollout = Workers.build(ppo_config(world)).generate()
+    lengths = rollout.attention_mask.sum(1)
+    for rows, ranks in ((12, 1), (12, 5), (5, 2), (1, 3)):
+        shares = [
+            list(Ranks(rank=r, size=ranks).micro_batches(select(rollout, slice(rows)), size, tokens))
+            for r in range(ranks)
+        ]
+        assert len({len(share) for share in shares}) == 1
+        taken = [torch.cat([numbers for numbers, _ in share]) for share in shares]
+        assert torch.cat(taken).sort().values.tolist() == list(range(rows))
+        loads = [int(lengths[numbers].sum()) for numbers in taken]
+        assert max(loads) - min(loads) <= int(lengths[:rows].max())
+        for numbers, micro in (micro for share in shares for micro in share):
+            assert len(micro) == max(1, len(numbers)) and micro.width == micro.tokens.shape[1]
+            assert bool(micro.response_mask.any()) == (len(numbers) > 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_learners": 2}, "num_rollout_workers = 0 is without Ray: take at least one"),
+        ({"sharding": "fsdp2"}, "sharding = fsdp2 needs several learners to hold a part each: num_learners is 1"),
+    ],
+)
+def test_learners_that_can_not_be_are_refused(world: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ppo_config(world, **changes)
+
+
+def test_two_learners_on_one_gpu_are_refused(world: Path) -> None:
+    config = ppo_config(world, num_learners=2, num_rollout_workers=1)
+    with pytest.raises(ValueError, match=r"num_learners = 2 need a GPU each; learner_gpus = 0\.4 lets two share one"):
+        check_cards(config, "cuda")
+    check_cards(config, "cpu")
 
 
 def test_experience_of_other_weights_is_refused_before_anything_is_learned(world: Path) -> None:

@@ -18,6 +18,7 @@ from rlhf_ray.objectives import pair_metrics
 from rlhf_ray.objectives.baselines import BagOfWords, length_baseline, words
 from rlhf_ray.objectives.reward_model import RewardModel, pad_right
 from rlhf_ray.runtime.train_step import World, accumulate, gather_facts, step_input
+from rlhf_ray.workers.snapshot import copy_of_module
 
 CPU = torch.device("cpu")
 PAIRS = [
@@ -97,7 +98,9 @@ def test_saved_model_has_mean_0_and_deviation_1_on_the_policys_samples(objective
     raw = pad_right([objective.dataset().train[0].chosen])
     before = model(*raw).item()
     objective.prepare(CPU, torch.float32)
-    objective.save(model, tmp_path / "saved")
+    copy = copy_of_module(model, model)
+    objective.finish(model, copy)
+    objective.save(copy, tmp_path / "saved")
     assert model(*raw).item() == before  # training goes on with raw scores
     saved = load_reward_model(tmp_path / "saved").eval()
     mean, std = pair_metrics.mean_and_std(objective.score(saved, objective._samples))

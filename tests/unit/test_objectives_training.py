@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from small_folders import make_policy
 from torch import Tensor, nn
 
 from rlhf_ray import cli, stages
+from rlhf_ray.checkpoint import CheckpointError
 from rlhf_ray.config import Optimiser, SFTConfig, load
 from rlhf_ray.config.presets import hardware_preset, preset_file
+from rlhf_ray.objectives.sft import SFT
 from rlhf_ray.ops.schedules import cosine
 from rlhf_ray.run import read_metrics
 from rlhf_ray.runtime import train as runtime
@@ -91,6 +95,61 @@ def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(
 
     assert losses(run_folder(config)) == losses(run_folder(config).with_name("whole"))
     assert sorted(losses(run_folder(config))) == list(range(1, 9))
+
+
+def test_a_stopped_run_goes_on_with_the_means_of_its_metrics(
+    config: SFTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config.model_copy(update={"log_every": 4})
+    stages.sft(config.model_copy(update={"run": "whole"}))
+    interrupt_at(config, 3, monkeypatch)
+    stages.sft(config)
+    for name in ("loss", "grad_norm", "tokens"):
+        found, expected = (
+            [row[name] for row in read_metrics(folder) if name in row]
+            for folder in (run_folder(config), run_folder(config).with_name("whole"))
+        )
+        assert found == expected and len(found) == 2
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(config: SFTConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = stages.sft(config.model_copy(update={"run": "whole", "keep": 9})).with_name("step_000002")
+    third_step, real_step, real_save = threading.Event(), TrainLoop.train_step, SFT.save
+
+    def train_step(loop: TrainLoop, should_stop: Callable[[], bool]) -> bool:
+        stop = real_step(loop, should_stop)
+        if loop.step == 3:
+            third_step.set()
+        return stop
+
+    def save(objective: SFT, model: nn.Module, folder: Path) -> None:
+        assert third_step.wait(60), "the second step's checkpoint is written before the third step ends"
+        real_save(objective, model, folder)
+
+    monkeypatch.setattr(TrainLoop, "train_step", train_step)
+    monkeypatch.setattr(SFT, "save", save)
+    found = stages.sft(config.model_copy(update={"keep": 9})).with_name("step_000002")
+    for name in ("model.safetensors", "trainer/optimiser.safetensors", "trainer/state.json"):
+        assert (found / name).read_bytes() == (early / name).read_bytes()
+    assert any(row.get("time/save", 0.0) > 0.0 for row in read_metrics(run_folder(config)))
+
+
+def test_a_checkpoint_that_can_not_be_written_ends_the_run_and_those_before_it_are_intact(
+    config: SFTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SFT.save
+
+    def full_disk(objective: SFT, model: nn.Module, folder: Path) -> None:
+        real(objective, model, folder)
+        if "step_000004" in folder.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SFT, "save", full_disk)
+    with pytest.raises(CheckpointError, match=r"step_000004: could not be written: .*No space left"):
+        stages.sft(config)
+    assert [path.name for path in run_folder(config).glob("*step_*")] == ["step_000002"]
+    monkeypatch.undo()
+    assert stages.sft(config).parent == run_folder(config) and stages.complete(config)
 
 
 def test_a_complete_run_is_not_run_again(

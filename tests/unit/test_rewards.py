@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 from worlds import Workers, make_world, ppo_config
 
+from rlhf_ray import app
 from rlhf_ray.crews import worker_arguments
 from rlhf_ray.models.hf_weights import load_reward_model, save_reward_model
 from rlhf_ray.ppo_inputs import read_inputs
@@ -193,7 +195,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append({"path": self.path, "type": self.headers["Content-Type"], **body})
+        headers = {"type": self.headers["Content-Type"], "user": self.headers["Authorization"]}
+        self.server.requests.append({"path": self.path, **headers, **body})
         code, answer = self.server.answer(body, len(self.server.requests))
         self.send_response(code)
         self.send_header("Content-Length", str(len(answer)))
@@ -233,6 +236,25 @@ def test_a_server_gets_the_rows_and_gives_the_scores(world: Path, rollout: Rollo
     assert row["prompt"].endswith(f" {row['number']}")
     assert row["messages"] == [{"role": "user", "content": row["prompt"]}]
     assert sorted(row) == ["messages", "number", "prompt", "response"]
+
+
+def test_a_password_reaches_the_server_and_nothing_that_is_written(
+    world: Path, rollout: Rollout, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = server.url.replace("://", "://me:hunter2@") + "?token=hunter3"
+    server.answer = lambda body, n: (200, scores_of(body))
+    config = ppo_config(world, checkpoints=tmp_path, total_steps=1, rewards=[], reward=[url])
+    folder = app.train_ppo(config)
+    (request, *_) = server.requests
+    assert request["path"] == "/score?token=hunter3"
+    assert request["user"] == "Basic " + base64.b64encode(b"me:hunter2").decode()
+    app.train_ppo(config)  # resumes: what is compared has no secrets either
+    server.answer = lambda body, n: (404, b"")
+    with pytest.raises(ValueError, match=r"reward http://\*\*\*@127.0.0.1:\d+/score\?token=\*\*\* answered 404"):
+        served(world, server, source=url).score(rollout)
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert b"token=***" in (folder / "config.yaml").read_bytes()
+    assert not any(b"hunter" in text for text in [*written, capsys.readouterr().out.encode()])
 
 
 @pytest.mark.parametrize("code", [429, 500, 503])

@@ -53,10 +53,7 @@ def by_hand(config: PPOConfig) -> tuple[list[dict[str, float]], torch.Tensor]:
         for batch in range(step, min(step + config.max_staleness + 1, config.total_steps)):
             if batch not in rows:
                 cuts = range(0, config.batch_size, size)
-                rows[batch] = [
-                    workers.rollout.generate(stream.take(batch), step, a, min(a + size, config.batch_size))
-                    for a in cuts
-                ]
+                rows[batch] = [workers.rollout.generate(stream.take(batch).rows(a, a + size), step) for a in cuts]
         parts = [workers.judge(rollout) for rollout in rows.pop(step)]
         judged = concat(parts)
         experience, credited = ppo.credit(config.ppo, judged, config.kl.coef)

@@ -44,8 +44,8 @@ def assert_same_rows(one: Rollout, other: Rollout) -> None:
 def test_rows_do_not_depend_on_the_split(world: Path, cuts: tuple[int, ...]) -> None:
     workers = Workers.build(ppo_config(world))
     batch = batch_of(workers)
-    whole = workers.rollout.generate(batch, 0, 0, 12)
-    parts = [workers.rollout.generate(batch, 0, a, b) for a, b in pairwise(cuts)]
+    whole = workers.rollout.generate(batch, 0)
+    parts = [workers.rollout.generate(batch.rows(a, b), 0) for a, b in pairwise(cuts)]
     assert_same_rows(whole, concat(parts))
 
 
@@ -56,17 +56,17 @@ def test_rows_do_not_depend_on_the_shard_size(world: Path, shard_size: int) -> N
     shards = GeneratorGroup(LocalCrew(workers.rollout), shard_size=shard_size).generate(batch, 0)
     assert len(shards) == -(-12 // shard_size)
     rows = concat([handle.result() for handle in shards.handles])
-    assert_same_rows(Workers.build(ppo_config(world)).rollout.generate(batch, 0, 0, 12), rows)
+    assert_same_rows(Workers.build(ppo_config(world)).rollout.generate(batch, 0), rows)
 
 
 def test_another_step_seed_or_row_draws_other_tokens(world: Path) -> None:
     workers = Workers.build(ppo_config(world, batch_size=12))
     batch = batch_of(workers, group_size=12)  # one prompt, twelve siblings
-    rows = workers.rollout.generate(batch, 0, 0, 12)
+    rows = workers.rollout.generate(batch, 0)
     assert len({tuple(row[mask].tolist()) for row, mask in zip(rows.tokens, rows.response_mask, strict=True)}) > 6
-    later = workers.rollout.generate(replace(batch, step=1), 0, 0, 12)
+    later = workers.rollout.generate(replace(batch, step=1), 0)
     assert not np.array_equal(rows.tokens, later.tokens)
-    reseeded = Workers.build(ppo_config(world, seed=1)).rollout.generate(batch, 0, 0, 12)
+    reseeded = Workers.build(ppo_config(world, seed=1)).rollout.generate(batch, 0)
     assert not np.array_equal(rows.tokens, reseeded.tokens)
 
 
@@ -101,7 +101,7 @@ def test_a_response_ends_with_its_first_eos(world: Path) -> None:
 def test_groups_carry_the_numbers_of_their_prompts(world: Path) -> None:
     workers = Workers.build(ppo_config(world))
     batch = batch_of(workers, step=2, group_size=3)
-    rollout = workers.rollout.generate(batch, 0, 4, 9)
+    rollout = workers.rollout.generate(batch.rows(4, 9), 0)
     assert rollout.prompt_ids.tolist() == batch.prompt_ids[4:9].tolist()
     assert rollout.group_ids.tolist() == [9, 9, 10, 10, 10]
     for tokens, prompt in zip(rollout.tokens.tolist(), rollout.prompt_ids.tolist(), strict=True):
@@ -112,7 +112,7 @@ def test_groups_carry_the_numbers_of_their_prompts(world: Path) -> None:
 def test_another_policy_than_the_one_asked_for_is_refused(world: Path) -> None:
     workers = Workers.build(ppo_config(world))
     with pytest.raises(AssertionError, match="holds policy version 0, asked to sample with 1"):
-        workers.rollout.generate(batch_of(workers), 1, 0, 2)
+        workers.rollout.generate(batch_of(workers).rows(0, 2), 1)
 
 
 def test_new_weights_are_the_learners_and_stamp_every_row(world: Path) -> None:
@@ -121,7 +121,7 @@ def test_new_weights_are_the_learners_and_stamp_every_row(world: Path) -> None:
     workers.rollout.update_weights(workers.learner.weights(7))
     held = torch.cat([p.flatten() for p in workers.rollout.policy.parameters()])
     assert torch.equal(held, policy_weights(workers))
-    rollout = workers.rollout.generate(batch_of(workers), 7, 0, 12)
+    rollout = workers.rollout.generate(batch_of(workers), 7)
     assert rollout.policy_version.tolist() == [7] * 12
     old_logprobs = workers.learner.evaluate(rollout).old_logprobs
     torch.testing.assert_close(old_logprobs, rollout.rollout_logprobs, atol=1e-5, rtol=0)
@@ -136,7 +136,10 @@ def test_altered_weights_are_refused_and_the_old_ones_stay(world: Path) -> None:
     buffer[17] += 1e-3
     with pytest.raises(AssertionError, match="policy version 1 arrived altered"):
         workers.rollout.update_weights(replace(weights, buffer=buffer))
+    with pytest.raises(AssertionError, match="policy version 2 arrived altered"):
+        workers.rollout.update_weights(replace(weights, policy_version=2))  # version 1 under another name
     assert workers.rollout.policy_version == 0
+    assert workers.generate().policy_version.unique().tolist() == [0]
     assert torch.equal(torch.cat([p.flatten() for p in workers.rollout.policy.parameters()]), before)
 
 

@@ -22,11 +22,10 @@ from rlhf_ray.objectives.cached import cached_dataset, recipe
 from rlhf_ray.run import read_metrics
 
 NOT_ROWS = {
-    "compile",
     *("run", "checkpoints", "resume", "allow_config_change", "overwrite", "cache", "num_workers", "device", "dtype"),
     *("threads", "epochs", "max_steps", "batch_size", "micro_batch_size", "log_every", "eval_every", "save_every"),
-    *("keep", "max_restarts", "optimiser", "vocab_size", "preset", "dropout", "label_smoothing", "centre_coef"),
-    *("normalise_samples", "prompts", "response_length"),
+    *("keep", "keep_every", "mirror", "max_restarts", "compile", "optimiser", "vocab_size", "preset", "dropout"),
+    *("label_smoothing", "centre_coef", "normalise_samples", "prompts", "response_length"),
 }
 """Fields that say nothing about the rows; data, tokenizer and policy count by their contents."""
 

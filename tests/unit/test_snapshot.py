@@ -44,7 +44,7 @@ def test_a_snapshot_is_the_state_of_its_moment(tmp_path: Path, critic: str) -> N
 def test_a_copy_shares_no_memory_and_keeps_ties() -> None:
     inner = torch.nn.Linear(3, 3)
     outer = torch.nn.ModuleDict({"one": inner, "other": inner, "norm": torch.nn.BatchNorm1d(3)})
-    twin = copy_of_module(outer)
+    twin = copy_of_module(outer, outer)
     assert twin["one"] is twin["other"]
     expected = {name: tensor.clone() for name, tensor in outer.state_dict().items()}
     with torch.no_grad():
