@@ -86,6 +86,24 @@ def test_start_up_by_phase(tmp_path: Path) -> None:
     assert sum(phases) == pytest.approx(ppo["all"]) and ppo["first_step"] > 0
 
 
+def test_publishing_weights_against_tensors(tmp_path: Path) -> None:
+    *steps, float32, bfloat16 = quick("weight_sync.py", tmp_path)["rows"]
+    assert all(0 < row[step] < math.inf for row in steps for step in ("flatten", "digest", "copy in"))
+    assert float32["MB"] == 2 * bfloat16["MB"] and float32["workers"] == 2
+    for row in (float32, bfloat16):
+        assert 0 < row["export"] + row["take over"] < row["ours, whole"]
+    assert_ratios([row["ratio"] for row in (float32, bfloat16)])
+
+
+def test_a_controller_of_sleeping_workers(tmp_path: Path) -> None:
+    *sizes, workers, paper = quick("control.py", tmp_path)["rows"][:7]
+    assert [row["rows"] for row in sizes] == [8, 16, 16, 16, 16] and workers["workers"] == 2
+    for row in (*sizes, workers):
+        assert 0 < row["controller, CPU s"] < math.inf
+    assert workers["of these nobody computes"] > 0  # nobody sleeps for less than he was asked to
+    assert paper["measured"] == workers["controller, CPU s"]
+
+
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n', encoding="utf-8")
