@@ -147,11 +147,11 @@ def test_a_run_whose_head_is_gone_ends_and_the_same_command_goes_on(cluster: Clu
     line = [sys.executable, "launch/ppo.py", "--config", str(file)]
     soon = {"RAY_AUTH_MODE": "disabled", **os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
     run = subprocess.Popen([*line, "--num-rollout-workers", "1"], cwd=REPOSITORY, env=soon)
-    app.train_ppo(whole)
     while len(read_metrics(app.run_folder(config))) < 3:
         assert run.poll() is None
         time.sleep(0.01)
     cluster.remove_node(cluster.head_node, allow_graceful=False)
+    app.train_ppo(whole)  # meanwhile
     assert run.wait(120) not in (0, 3)
     app.train_ppo(config)
     assert "going on from" in (app.run_folder(config) / "log.txt").read_text(encoding="utf-8")
