@@ -33,8 +33,7 @@ from typing import Any
 import side_by_side  # noqa: F401  puts the repository on the path
 
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
-import yaml
-from random_models import write_models, write_prompts
+from random_models import write_world
 from ray.cluster_utils import Cluster
 from side_by_side import REPOSITORY, Report, Row, numbers, parser, shrink
 from striking import MACHINE, PARTS, Rhythm, Strike, Striker
@@ -55,20 +54,13 @@ PATIENCE_SECONDS = 600.0
 """That a run may take when nobody disturbs it, or any more."""
 
 
-def write_world(folder: Path, options: argparse.Namespace) -> Path:
-    """Write models, prompts and the configuration of both runs; returns the configuration's file."""
-    write_models(folder, "tiny")
-    write_prompts(folder / "prompts.txt", "tiny", count=4 * options.batch, length=options.prompt)
-    config = {
-        "checkpoints": str(folder / "checkpoints"),
-        "policy": str(folder / "policy"),
-        "rewards": [{"kind": "model", "source": str(folder / "reward")}],
-        "prompts": str(folder / "prompts.txt"),
-        "template": "plain",
+def world(folder: Path, options: argparse.Namespace) -> Path:
+    """The configuration of both runs, with all that they need."""
+    batch = options.batch
+    settings = {
         "num_rollout_workers": options.workers,
         "labels": {"rollout": ["machine=second"]},
-        "learner_threads": 1,
-        "batch_size": options.batch,
+        "batch_size": batch,
         "total_steps": options.steps,
         "max_staleness": 1,
         "save_every": options.save_every,
@@ -79,13 +71,11 @@ def write_world(folder: Path, options: argparse.Namespace) -> Path:
         "generation": {
             "prompt_length": options.prompt,
             "response_length": options.response,
-            "shard_size": options.batch // 4,
+            "shard_size": batch // 4,
         },
-        "ppo": {"epochs": 2, "mini_batch_size": options.batch // 2, "micro_batch_size": options.batch // 4, "lr": 1e-4},
+        "ppo": {"epochs": 2, "mini_batch_size": batch // 2, "micro_batch_size": batch // 4, "lr": 1e-4},
     }
-    file = folder / "chaos.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return file
+    return write_world(folder, "tiny", prompts=4 * batch, length=options.prompt, **settings)
 
 
 @contextmanager
@@ -215,7 +205,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        config = write_world(folder, options)
+        config = world(folder, options)
         cluster = Cluster(initialize_head=True, head_node_args=HEAD)
         try:
             Striker.join(cluster)

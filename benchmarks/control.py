@@ -41,8 +41,9 @@ from rlhf_ray.failures import Deaths
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
 from rlhf_ray.run import Run
+from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect
-from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.workers.groups import GeneratorGroup, LearnerGroup, ReferenceGroup, RewardGroup
 

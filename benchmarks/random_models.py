@@ -11,9 +11,11 @@ import itertools
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import side_by_side  # noqa: F401  puts the repository on the path
 import torch
+import yaml
 from machine import device
 
 from rlhf_ray.generation import Engine, make_engine
@@ -90,6 +92,24 @@ def write_prompts(file: Path, size: str, *, count: int, length: int) -> None:
     tokenizer = made_up_tokenizer(VOCABULARIES[size])
     assert len(TEMPLATES["plain"].prompt_ids(tokenizer, [Message(role="user", content=lines[0])])) == length
     file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def write_world(folder: Path, size: str, *, prompts: int, length: int, **settings: Any) -> Path:
+    """Write models, prompts and PPO's configuration with these settings beside; returns the configuration's file."""
+    write_models(folder, size)
+    write_prompts(folder / "prompts.txt", size, count=prompts, length=length)
+    config = {
+        "checkpoints": str(folder / "checkpoints"),
+        "policy": str(folder / "policy"),
+        "rewards": [{"kind": "model", "source": str(folder / "reward")}],
+        "prompts": str(folder / "prompts.txt"),
+        "template": "plain",
+        "learner_threads": 1,
+        **settings,
+    }
+    file = folder / "ppo.yaml"
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return file
 
 
 def random_engine(

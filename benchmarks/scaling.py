@@ -29,8 +29,9 @@ from rlhf_ray.failures import Deaths
 from rlhf_ray.generation import Sampling, row_uniforms
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.roles import gather
+from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect
-from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Request, Seat
 from rlhf_ray.types import Done
 from rlhf_ray.workers.groups import GeneratorGroup

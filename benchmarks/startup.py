@@ -12,8 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-from random_models import write_models, write_prompts
+from random_models import write_world
 from side_by_side import REPOSITORY, Report, Row, numbers, parser, run_program, seconds, shrink, spread
 
 from rlhf_ray.run import read_metrics
@@ -21,25 +20,12 @@ from rlhf_ray.run import read_metrics
 PREFIX = "time/startup_"
 
 
-def write_world(folder: Path) -> Path:
-    """Write models, prompts and the configuration of one short step; returns the configuration's file."""
-    write_models(folder, "tiny")
-    write_prompts(folder / "prompts.txt", "tiny", count=16, length=8)
-    config = {
-        "checkpoints": str(folder / "checkpoints"),
-        "policy": str(folder / "policy"),
-        "rewards": [{"kind": "model", "source": str(folder / "reward")}],
-        "prompts": str(folder / "prompts.txt"),
-        "template": "plain",
-        "batch_size": 8,
-        "total_steps": 1,
-        "learner_threads": 1,
-        "generation": {"prompt_length": 8, "response_length": 8, "shard_size": 4},
-        "ppo": {"epochs": 1, "mini_batch_size": 8, "micro_batch_size": 8},
-    }
-    file = folder / "startup.yaml"
-    file.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return file
+def one_step(folder: Path) -> Path:
+    """The configuration of one short step, with all that it needs."""
+    generation = {"prompt_length": 8, "response_length": 8, "shard_size": 4}
+    ppo = {"epochs": 1, "mini_batch_size": 8, "micro_batch_size": 8}
+    settings = {"batch_size": 8, "total_steps": 1, "generation": generation, "ppo": ppo}
+    return write_world(folder, "tiny", prompts=16, length=8, **settings)
 
 
 def help_seconds(options: argparse.Namespace) -> list[Row]:
@@ -82,7 +68,7 @@ def main() -> None:
     report = Report("startup", options)
     report.table("--help", help_seconds(options))
     with tempfile.TemporaryDirectory() as folder:
-        report.table("seconds to the end of the first PPO step", ppo_phases(options, write_world(Path(folder))))
+        report.table("seconds to the end of the first PPO step", ppo_phases(options, one_step(Path(folder))))
     report.close()
 
 

@@ -29,8 +29,9 @@ from rlhf_ray.failures import Deaths
 from rlhf_ray.generation.native_model import NativeModel, native_problem
 from rlhf_ray.models import GPT2, preset
 from rlhf_ray.models.flat import flat_weights, load_flat_weights
+from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect
-from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.types import Usage, Weights
 from rlhf_ray.workers.groups import Given

@@ -24,8 +24,9 @@ from rlhf_ray.ppo_inputs import Inputs, read_inputs
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
 from rlhf_ray.run import Run, prepare_folder, read_metrics
+from rlhf_ray.runtime.all_crews import stop
 from rlhf_ray.runtime.cluster import dashboard_address
-from rlhf_ray.runtime.crew import RayCrew, stop
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.environment import in_a_job, stop_seconds
 from rlhf_ray.runtime.train_state import digest
 from rlhf_ray.startup import StartUp

@@ -16,8 +16,9 @@ from rlhf_ray.generation.sampling import Sampling
 from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.ppo_inputs import Inputs, row_length
 from rlhf_ray.rewards import RewardContext
+from rlhf_ray.runtime.all_crews import wait_until_built
 from rlhf_ray.runtime.cluster import check_shared, connect, nodes, start
-from rlhf_ray.runtime.crew import RayCrew, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Node, Request, Seat
 from rlhf_ray.runtime.rendezvous import Rendezvous
 from rlhf_ray.startup import StartUp
@@ -132,39 +133,23 @@ def device_of_roles(asked: str, here: str, machines: Sequence[Node]) -> str:
 def requests(config: PPOConfig, device: str) -> list[Request]:
     """What each role asks the cluster for; who comes first chooses first."""
     gpu = float(device == "cuda")
-    spread = config.placement == "spread"
     labels = {role: dict(label.split("=") for label in wanted) for role, wanted in config.labels}
+
+    def asks(role: str, count: int, cpus: float, gpus: float, **where: Any) -> Request:
+        return Request(role=role, count=count, cpus=cpus, gpus=gpu * gpus, labels=labels[role], **where)
+
     return [
-        Request(
-            role="learner",
-            count=config.num_learners,
-            cpus=config.service_cpus,
-            gpus=gpu * config.learner_gpus,
-            labels=labels["learner"],
-        ),
-        Request(
-            role="rollout",
-            count=config.num_rollout_workers,
-            cpus=config.rollout_cpus,
-            gpus=gpu * config.rollout_gpus * (config.rollout_device != "cpu"),
+        asks("learner", config.num_learners, config.service_cpus, config.learner_gpus),
+        asks(
+            "rollout",
+            config.num_rollout_workers,
+            config.rollout_cpus,
+            config.rollout_gpus * (config.rollout_device != "cpu"),
             gpu="welcome" if config.rollout_device == "any" else "needed",
-            spread=spread,
-            labels=labels["rollout"],
+            spread=config.placement == "spread",
         ),
-        Request(
-            role="reward",
-            count=config.num_reward_workers,
-            cpus=config.service_cpus,
-            gpus=gpu * config.reward_gpus,
-            labels=labels["reward"],
-        ),
-        Request(
-            role="reference",
-            count=config.num_reference_workers,
-            cpus=config.service_cpus,
-            gpus=gpu * config.reference_gpus,
-            labels=labels["reference"],
-        ),
+        asks("reward", config.num_reward_workers, config.service_cpus, config.reward_gpus),
+        asks("reference", config.num_reference_workers, config.service_cpus, config.reference_gpus),
     ]
 
 

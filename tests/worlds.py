@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_ray.algorithms.ppo import credit
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import PPOConfig, SFTConfig
 from rlhf_ray.crews import worker_arguments
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.models.gpt2 import GPT2, GPT2Config
@@ -118,3 +118,26 @@ def stir(module: torch.nn.Module, *, scale: float = 0.02) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def write_chats(folder: Path, count: int) -> None:
+    """Write ``chats.jsonl``, rows of one short answer each."""
+    rows = [{"prompt": f"Where is {i}?", "response": f"In the valley {i * i}."} for i in range(count)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def chats_config(folder: Path, **changes: Any) -> SFTConfig:
+    """SFT of ``policy/`` on ``chats.jsonl``, in the folder that has both."""
+    settings: dict[str, Any] = {
+        "data": [folder / "chats.jsonl"],
+        "policy": folder / "policy",
+        "checkpoints": folder / "checkpoints",
+        "cache": folder / "cache",
+        "max_length": 64,
+        "held_out": 0.2,
+        "packing": False,
+        "batch_size": 6,
+        "threads": 1,
+        "device": "cpu",
+    }
+    return SFTConfig(**(settings | changes))

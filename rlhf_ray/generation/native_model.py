@@ -19,9 +19,8 @@ from torch import Tensor
 from rlhf_ray.models.gpt2 import GPT2, Block
 from rlhf_ray.models.kv_cache import COLUMN_BLOCK, round_up
 from rlhf_ray.native import build_problem, library
+from rlhf_ray.native.training import LANES
 
-LANES = 16
-"""Floats of one vector: widths are multiples of it."""
 PASS_TOKENS = 512
 """Tokens of one pass, which bounds its memory."""
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from rlhf_ray.models.gpt2 import GPT2, INIT_STD, GPT2Config
 from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.rundir.fit import tensor_faults
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREFIX = "transformer."
@@ -226,14 +227,7 @@ def _build(
 ) -> GPT2:
     """A model with the given parameters; dropout is off, as in everything but pre-training."""
     model = _blank(_gpt2_config(config, folder), dtype)
-    expected = dict(model.named_parameters())
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unknown" for name in state if name not in expected]
-    problems += [
-        f"{name} is {list(state[name].shape)}, expected {list(p.shape)}"
-        for name, p in expected.items()
-        if name in state and state[name].shape != p.shape
-    ]
+    problems = tensor_faults(state, dict(model.named_parameters()))
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{folder}: the tensors don't fit {CONFIG}: {'; '.join(problems[:5])}{more}")

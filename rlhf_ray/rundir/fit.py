@@ -15,17 +15,20 @@ from torch.optim import Optimizer
 from rlhf_ray.rundir.files import CheckpointError
 
 
-def check_module(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """CheckpointError naming the tensors, read from ``path``, that a module lacks, has not or has in another shape."""
-    own = module.state_dict()
+def tensor_faults(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """What keeps saved tensors from taking the place of a model's ``own``: a line for each."""
     faults = [f"{name} is missing" for name in own if name not in state]
     faults += [f"{name} is unknown" for name in state if name not in own]
-    faults += [
-        f"{name} is {list(state[name].shape)}, the model's is {list(tensor.shape)}"
+    return faults + [
+        f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
         for name, tensor in own.items()
         if name in state and state[name].shape != tensor.shape
     ]
-    _refuse(path, faults)
+
+
+def check_module(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """CheckpointError naming the tensors, read from ``path``, that a module lacks, has not or has in another shape."""
+    _refuse(path, tensor_faults(state, module.state_dict()))
 
 
 def check_optimiser(optimiser: Optimizer, state: Mapping[str, Any], path: Path) -> None:

@@ -282,19 +282,3 @@ class RayCrew:
                 life.job.give_up(error)
             life.rest()
             self._dispatcher.free(life.rank)  # for jobs to come and hear of it
-
-
-def wait_until_built(crews: Sequence[RayCrew]) -> None:
-    """Wait for every worker's constructor; ends every actor and raises what one of them raised."""
-    try:
-        for crew in crews:
-            crew.wait_until_built()
-    except BaseException:  # Ctrl-C too: a joined cluster must not keep them
-        stop(crews)
-        raise
-
-
-def stop(crews: Sequence[RayCrew]) -> None:
-    """End every actor."""
-    for crew in crews:
-        crew.stop()

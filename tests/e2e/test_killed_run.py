@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 import run_ends
-from worlds import make_world, ppo_config
+from worlds import chats_config, make_world, ppo_config, write_chats
 
 from rlhf_ray import app, stages
 from rlhf_ray.config import Optimiser, PPOConfig, SFTConfig
@@ -48,23 +47,14 @@ def configuration(world: Path, name: str, **changes: Any) -> PPOConfig:
 
 def sft_configuration(world: Path, name: str) -> SFTConfig:
     """Six steps with dropout, a checkpoint every third one, which is between two lines of metrics."""
-    return SFTConfig(
-        checkpoints=world / "checkpoints",
-        policy=world / "policy",
-        data=[world / "chats.jsonl"],
-        cache=world / "cache",
+    return chats_config(
+        world,
         run=name,
-        max_length=64,
-        held_out=0.2,
-        packing=False,
         dropout=0.1,
-        batch_size=6,
         micro_batch_size=4,
         max_steps=STEPS,
         log_every=2,
         save_every=3,
-        threads=1,
-        device="cpu",
         optimiser=Optimiser(lr=1e-2),
     )
 
@@ -130,8 +120,7 @@ def end_of(config: PPOConfig) -> dict[str, Any]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     make_world(folder)
-    rows = [{"prompt": f"Where is {i}?", "response": f"In the valley {i * i}."} for i in range(40)]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_chats(folder, 40)
     return folder
 
 

@@ -21,8 +21,9 @@ from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.failures import Deaths, GaveUp
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.roles import gather
+from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect, ray
-from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.dispatch import MOST_LOSSES
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.types import Done, Rollout, Usage

@@ -24,8 +24,9 @@ from rlhf_ray.failures import Deaths, WorkerLost
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.roles import gather
 from rlhf_ray.run import read_metrics
+from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect, ray
-from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.runtime.rendezvous import Rendezvous
 from rlhf_ray.types import Done, Judged, Shards

@@ -25,8 +25,9 @@ from rlhf_ray import app
 from rlhf_ray.config.loader import REPOSITORY
 from rlhf_ray.failures import Deaths
 from rlhf_ray.run import read_metrics
+from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect, ray
-from rlhf_ray.runtime.crew import RayCrew, stop, wait_until_built
+from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.types import Usage
 

@@ -19,6 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))
 
 from small_folders import make_policy
+from worlds import chats_config, write_chats
 
 from rlhf_ray import stages
 from rlhf_ray.config import Optimiser, SFTConfig
@@ -32,23 +33,13 @@ STEPS = 120
 def config(tmp_path_factory: pytest.TempPathFactory) -> SFTConfig:
     folder = tmp_path_factory.mktemp("train")
     make_policy(folder / "policy")
-    rows = [{"prompt": f"Where is {i}?", "response": f"In the valley {i * i}."} for i in range(40)]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return SFTConfig(
-        data=[folder / "chats.jsonl"],
-        policy=folder / "policy",
-        checkpoints=folder / "checkpoints",
-        cache=folder / "cache",
-        max_length=64,
-        held_out=0.2,
-        packing=False,
+    write_chats(folder, 40)
+    return chats_config(
+        folder,
         num_workers=2,
-        batch_size=6,
         micro_batch_size=2,
         max_steps=STEPS,
         save_every=10,
-        threads=1,
-        device="cpu",
         # A bias of attention's keys has no gradient but rounding errors, which a smaller eps would blow up.
         optimiser=Optimiser(lr=3e-3, eps=1e-4, schedule="constant"),
     )

@@ -166,7 +166,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a critic of another shape": (
         lambda folder: change_tree(folder / "critic", lambda tree: tree | {"score.weight": torch.zeros(1, 9)}),
-        r"critic\.safetensors does not fit this run's model: score\.weight is \[1, 9\], the model's is \[1, 32\]",
+        r"critic\.safetensors does not fit this run's model: score\.weight is \[1, 9\], expected \[1, 32\]",
     ),
     "a critic with an unknown tensor": (
         lambda folder: change_tree(folder / "critic", lambda tree: tree | {"more": torch.zeros(1)}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import threading
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from small_folders import make_policy
 from torch import Tensor, nn
+from worlds import chats_config, write_chats
 
 from rlhf_ray import cli, stages
 from rlhf_ray.checkpoint import CheckpointError
@@ -32,24 +32,14 @@ from rlhf_ray.runtime.train_optimiser import learning_rate, make_optimiser
 @pytest.fixture
 def config(tmp_path: Path) -> SFTConfig:
     make_policy(tmp_path / "policy")
-    rows = [{"prompt": f"Where is {i}?", "response": f"In the valley {i * i}."} for i in range(40)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return SFTConfig(
-        data=[tmp_path / "chats.jsonl"],
-        policy=tmp_path / "policy",
-        checkpoints=tmp_path / "checkpoints",
-        cache=tmp_path / "cache",
-        max_length=64,
-        held_out=0.2,
-        packing=False,
+    write_chats(tmp_path, 40)
+    return chats_config(
+        tmp_path,
         dropout=0.1,
-        batch_size=6,
         micro_batch_size=4,
         max_steps=8,
         save_every=2,
         log_every=1,
-        threads=1,
-        device="cpu",
         # A bias of attention's keys has no gradient but rounding errors, which a smaller eps would blow up.
         optimiser=Optimiser(lr=1e-2, eps=1e-5),
     )

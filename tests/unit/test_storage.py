@@ -15,11 +15,10 @@ import torch
 from moto.server import ThreadedMotoServer
 from pyarrow.fs import LocalFileSystem, S3FileSystem
 from small_folders import make_policy
-from worlds import make_world, ppo_config
+from worlds import chats_config, make_world, ppo_config, write_chats
 
 from rlhf_ray import app, stages
 from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, RunLock, save_tree, verify
-from rlhf_ray.config import SFTConfig
 from rlhf_ray.config.secrets import redacted
 from rlhf_ray.run import read_metrics
 from rlhf_ray.storage import Mirror
@@ -103,23 +102,16 @@ def test_a_ppo_run_goes_on_from_its_mirror_when_the_machine_is_lost(s3: str, tmp
 
 def test_a_stage_goes_on_from_its_mirror_too(tmp_path: Path) -> None:
     make_policy(tmp_path / "policy")
-    rows = [{"prompt": f"Where is {i}?", "response": f"In the valley {i * i}."} for i in range(20)]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = SFTConfig(
-        data=[tmp_path / "chats.jsonl"],
-        policy=tmp_path / "policy",
-        checkpoints=tmp_path / "checkpoints",
+    write_chats(tmp_path, 20)
+    config = chats_config(
+        tmp_path,
+        packing=True,
         cache=None,
-        max_length=64,
-        held_out=0.2,
-        batch_size=6,
         max_steps=4,
         save_every=1,
         log_every=1,
         keep=1,
         keep_every=2,
-        threads=1,
-        device="cpu",
         mirror=str(tmp_path / "mirror"),
     )
     folder = stages.sft(config).parent
@@ -135,7 +127,7 @@ def test_a_stage_goes_on_from_its_mirror_too(tmp_path: Path) -> None:
     assert ((folder / "step_000004" / "model.safetensors").read_bytes(), measured(folder)) == before
     assert str(tmp_path / "mirror") not in (folder / "config.yaml").read_text()
     shutil.rmtree(folder)
-    (tmp_path / "chats.jsonl").write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    write_chats(tmp_path, 1)
     with pytest.raises(ValueError, match="the data or the model that this run began with has changed"):
         stages.sft(config)
 
