@@ -71,15 +71,16 @@ def gae(
     All tensors are (B, T).  Returns advantages and returns = advantages + values, both (B, T) and 0 outside
     the mask.
     """
-    rewards, values = mask_out(rewards, response_mask), mask_out(values, response_mask)
-    advantages = torch.zeros_like(values)  # (B, T)
+    values = mask_out(values, response_mask)
+    masked = mask_out(rewards, response_mask), values, response_mask
+    R, V, M = (x.t().contiguous() for x in masked)  # (T, B): the rows of one t lie side by side, which saves time
+    A = torch.zeros_like(V)  # (T, B)
     next_advantage = values.new_zeros(values.shape[0])  # (B,)
     next_value = torch.zeros_like(next_advantage)  # (B,)
-    for t in reversed(response_mask.any(0).nonzero().flatten().tolist()):
-        inside, value = response_mask[:, t], values[:, t]  # (B,)
-        delta = rewards[:, t] + gamma * next_value - value  # (B,)
-        next_advantage = torch.where(inside, delta + gamma * gae_lambda * next_advantage, next_advantage)
-        next_value = torch.where(inside, value, next_value)
-        advantages[:, t] = next_advantage
-    advantages = mask_out(advantages, response_mask)
+    for t in reversed(M.any(1).nonzero().flatten().tolist()):
+        delta = R[t] + gamma * next_value - V[t]  # (B,)
+        next_advantage = torch.where(M[t], delta + gamma * gae_lambda * next_advantage, next_advantage)
+        next_value = torch.where(M[t], V[t], next_value)
+        A[t] = next_advantage
+    advantages = mask_out(A.t().contiguous(), response_mask)
     return advantages, advantages + values

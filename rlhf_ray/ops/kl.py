@@ -73,6 +73,15 @@ class KLController(Protocol):
         ...
 
 
+LEAST_RAISED = 0.01
+"""What a beta of 0 counts as when it is to be raised."""
+
+
+def raised(coef: float, factor: float, times: int) -> float:
+    """Beta after so many rollbacks, each of which multiplies it by ``factor``."""
+    return max(coef, LEAST_RAISED) * factor**times if times else coef
+
+
 def _check_coef(coef: float) -> None:
     if not (math.isfinite(coef) and coef >= 0):
         raise ValueError(f"kl_coef is {coef}; it must be a finite number of at least 0")
