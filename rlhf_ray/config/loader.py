@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -67,13 +67,24 @@ class Config(BaseSettings):
         """Only what the program passes in: the environment and .env files are never read."""
         return (init_settings,)
 
-    def resolved(self) -> dict[str, Any]:
-        """Every field as plain YAML values without secrets, as saved in the run's config.yaml."""
-        plain: dict[str, Any] = without_secrets(self.model_dump(mode="json"))
-        return plain
+    def resolved(self, *, without: Collection[str] = ()) -> dict[str, Any]:
+        """Every field as plain YAML values without secrets, as saved in the run's config.yaml.
+
+        Left out are those named in ``without``, a section's as ``memory.sleep``.
+        """
+        return _but(without_secrets(self.model_dump(mode="json")), without)
 
 
 C = TypeVar("C", bound=Config)
+
+
+def _but(values: dict[str, Any], names: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The values whose dotted names are not among the names."""
+    return {
+        name: _but(value, names, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if prefix + name not in names
+    }
 
 
 def repository_path(path: str | Path) -> Path:

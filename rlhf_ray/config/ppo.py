@@ -7,7 +7,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from rlhf_ray.config.amounts import Amount
 from rlhf_ray.config.loader import Section
+from rlhf_ray.config.lora import LoRA
+from rlhf_ray.config.memory import Memory
 from rlhf_ray.config.run_fields import RunFields
 
 
@@ -24,6 +27,8 @@ class Generation(Section):
     """What happens to longer prompts; either way they are counted."""
     shard_size: int = Field(32, ge=1)
     """Rows that one worker generates in one call, and that are scored together."""
+    max_rows: int = Field(0, ge=0)
+    """Rows that one worker has in its cache at once, the others of its shard waiting; 0 is all of them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the generator's weights and cache; on a CPU without bfloat16 instructions it halves memory traffic."""
     engine: Literal["auto", "native", "torch"] = "auto"
@@ -42,6 +47,8 @@ class KL(Section):
     """Nats per sequence that the adaptive controller steers to."""
     horizon: int = Field(10_000, ge=1)
     """Sequences over which the adaptive controller moves."""
+    rollback_factor: float = Field(2.0, ge=1)
+    """What every rollback multiplies the coefficient by; one of 0 counts as 0.01."""
 
 
 class RewardSource(Section):
@@ -144,6 +151,10 @@ class PPOConfig(RunFields):
     """Ray actors that share every mini-batch; the gradient does not depend on how many."""
     sharding: Literal["none", "fsdp2"] = "none"
     """What each of several learners holds of policy, critic and optimiser: none: all; fsdp2: a part."""
+    weight_sync: Literal["auto", "store", "direct"] = "auto"
+    """How weights reach rollout workers. store: through Ray's object store; direct: read by those on the learner's GPU
+    from its memory, or broadcast by a learner without one; auto: what has been shown to be faster, today the
+    store."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rollout_cpus: float = Field(0.25, gt=0)
     """CPU share that one rollout worker reserves: bookkeeping for placement, not a limit."""
@@ -184,6 +195,9 @@ class PPOConfig(RunFields):
     group_size: int = Field(1, ge=1)
     """Responses of one prompt in one step."""
     total_steps: int = Field(100, ge=1)
+    on_divergence: Literal["warn", "stop", "rollback"] = "warn"
+    """What a divergence does (docs/DOCTOR.md): warn: it is said; stop: the run ends with an error and saves nothing of
+    it; rollback: the last healthy checkpoint and a higher KL coefficient, twice at most, then stop."""
     max_staleness: int = Field(0, ge=0, le=4)
     """Batches that generation is ahead of learning; 0 takes turns."""
     save_every: int = Field(25, ge=1)
@@ -191,11 +205,26 @@ class PPOConfig(RunFields):
     samples_every: int = Field(1, ge=1)
     """Steps between two parquet files of samples."""
     sample_rows: int = Field(32, ge=0)
-    """Rows of such a file."""
+    """Rows of such a file: an eighth the best of the step, an eighth the worst, the others at random."""
+    probes: int = Field(8, ge=0)
+    """Prompts that are answered again and again, with the same random numbers, to see what changes."""
+    probe_every: int = Field(25, ge=1)
+    """Steps between two rounds of answers to them, beside one before the first step and one after the last."""
+    probe_prompts: Path | None = None
+    """Where they are taken from, evenly spread; unset takes them from prompts."""
 
     generation: Generation = Generation()
     kl: KL = KL()
     ppo: PPO = PPO()
+    memory: Memory = Memory()
+    gpu_memory: Amount | None = None
+    """What all workers together may take of the card, such as 6GB; unset takes what is free when the run begins, less a
+    margin."""
+    host_memory: Amount | None = None
+    """The same of a machine without a GPU; unset takes all that it has."""
+    lora: LoRA = LoRA()
+    """Adapters of the policy, and of a separate critic; the learner's policy without them is the reference, and there
+    are no reference workers."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PPOConfig:
@@ -214,9 +243,24 @@ class PPOConfig(RunFields):
                 f"num_learners = {self.num_learners} are Ray actors, and num_rollout_workers = 0 is without Ray: "
                 "take at least one rollout worker, or one learner"
             )
+        if self.weight_sync == "direct" and not self.num_rollout_workers:
+            raise ValueError(
+                "weight_sync = direct is between Ray actors, and num_rollout_workers = 0 is without Ray: take at least "
+                "one rollout worker, or weight_sync = auto"
+            )
         if self.num_learners == 1 and self.sharding != "none":
             raise ValueError(
                 f"sharding = {self.sharding} needs several learners to hold a part each: num_learners is 1"
+            )
+        if self.sharding != "none" and (self.memory.optimizer_bits == 8 or self.memory.offload_optimizer):
+            raise ValueError(
+                f"sharding = {self.sharding} shares out moments of 32 bits, and leaves them where they are: take "
+                "memory.optimizer_bits 32 without memory.offload_optimizer, or --sharding none"
+            )
+        if self.lora.rank and self.sharding != "none":
+            raise ValueError(
+                f"sharding = {self.sharding} and lora.rank = {self.lora.rank} exclude each other: adapters and their "
+                "optimiser are too small to share out; take --sharding none"
             )
         return self
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from rlhf_ray.config.loader import Config
 
-HOW_TO_RUN = frozenset({"resume", "allow_config_change", "overwrite", "keep", "keep_every", "mirror"})
-"""Fields that say how to start and where to keep; a resumed run may differ in them."""
+HOW_TO_RUN = frozenset(
+    {
+        *("resume", "allow_config_change", "overwrite", "keep", "keep_every", "mirror", "show", "report"),
+        *("memory.activation_checkpointing", "memory.offload_optimizer", "memory.sleep"),
+    }
+)
+"""Fields that say how to start and compute and where to keep; a resumed run may differ in them."""
 
 
 class RunFields(Config):
@@ -33,5 +39,10 @@ class RunFields(Config):
     mirror: str | None = None
     """Where copies of the checkpoints go, and are taken from when the local folder lacks them: s3://bucket/path,
     gs://bucket/path or a mounted folder; <stage>/<run>/ below it. Credentials are the environment's."""
+    show: Literal["live", "lines", "json"] = "live"
+    """live: a view on a terminal, lines elsewhere; lines (or --quiet): lines everywhere; json (or --json): one object a
+    step on standard output, everything else on standard error."""
+    report: bool = True
+    """Write report.html into the run's folder when it ends."""
     max_bad_rows: int = Field(0, ge=0)
     """Malformed data rows to skip before the run stops."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf_ray.config.loader import Config, Section, merge, read_yaml
+from rlhf_ray.config.lora import LoRA
+from rlhf_ray.config.memory import Memory
 from rlhf_ray.config.ppo import PPOConfig
 from rlhf_ray.config.presets import hardware_preset, preset_file
 from rlhf_ray.config.run_fields import RunFields
@@ -73,6 +75,13 @@ class TrainConfig(RunFields):
     max_restarts: int = Field(2, ge=0)
     """Deaths of a worker to survive."""
     optimiser: Optimiser = Optimiser()
+    memory: Memory = Memory()
+
+    @model_validator(mode="after")
+    def _nobody_sleeps(self) -> TrainConfig:
+        if self.memory.sleep:
+            raise ValueError("memory.sleep = True is for PPO, whose roles wait for each other; nobody is idle here")
+        return self
 
 
 class TokenizerConfig(Config):
@@ -82,6 +91,16 @@ class TokenizerConfig(Config):
     output: Path = Path("data/vocab")
     vocab_size: int = Field(4096, ge=256)
     """Bytes and merges; the seven special tokens come on top."""
+
+
+class GrowConfig(Config):
+    """An embedding grown by the special tokens."""
+
+    policy: Path = Path("models/gpt2")
+    """A GPT-2 without them."""
+    output: Path = Path("checkpoints/pretrained/grown")
+    seed: int = Field(0, ge=0)
+    """Of the new rows."""
 
 
 class PretrainConfig(TrainConfig):
@@ -111,6 +130,8 @@ class SFTConfig(TrainConfig):
     packing: bool = True
     """Several rows in one sequence, attention blocked between them."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    lora: LoRA = LoRA()
+    """Adapters to train instead of the weights."""
 
 
 class RewardModelConfig(TrainConfig):
@@ -129,6 +150,8 @@ class RewardModelConfig(TrainConfig):
     """Prompts that those samples answer; unset takes those of the training pairs."""
     response_length: int = Field(48, ge=1)
     """Tokens of those samples, at most."""
+    lora: LoRA = LoRA()
+    """Adapters to train, with the score, instead of the weights."""
 
 
 class EvaluateConfig(Config):
@@ -176,6 +199,21 @@ class ChatConfig(Config):
     """Tokens of an answer, at most; the rest of the context is for the conversation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0)
+
+
+class MonitorConfig(Config):
+    """Prometheus and its pages."""
+
+    address: str = "127.0.0.1:9090"
+    """Where Prometheus listens; it asks nobody for a password."""
+    folder: Path = Path("checkpoints/monitor")
+    """Where it keeps its configuration and what it has seen."""
+    retention: str = "30d"
+    """How long it keeps that."""
+    grafana: Path | None = None
+    """Write the dashboard for Grafana to this file, and do nothing else."""
+    session: Path = Path("/tmp/ray/session_latest")
+    """The Ray session to watch, or the link to the newest one."""
 
 
 class PipelineConfig(Config):

@@ -1,4 +1,5 @@
-"""A model's parameters as one flat numpy buffer, the form in which weights travel between processes.
+"""A model's parameters as one flat numpy buffer, the form in which weights travel between processes, or as one flat
+tensor, where these share a card.
 
 The order is that of ``named_parameters``; a tied weight appears once.  numpy has no bfloat16, so 16-bit
 floats travel viewed as int16.  Buffers (a reward model's normaliser) are not parameters and don't travel.
@@ -26,21 +27,37 @@ def flat_weights(
     own, size = _layout(model)
     dtype = dtype or own
     buffer = np.empty(size, dtype=_CARRIERS[dtype])  # in huge pages, which torch does not ask for: half the time
-    for view, parameter in _pieces(torch.from_numpy(buffer).view(dtype), model):
-        view.copy_(read(parameter.detach()))
+    fill_flat(torch.from_numpy(buffer).view(dtype), model, read)
     return buffer
 
 
-def load_flat_weights(model: nn.Module, buffer: np.ndarray) -> None:
-    """Copy a buffer of ``flat_weights`` into the model in place; ValueError when it does not fit."""
+def empty_flat(model: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(N,) in ``dtype`` on a device, which `fill_flat` fills."""
+    return torch.empty(_layout(model)[1], dtype=dtype, device=device)
+
+
+def fill_flat(flat: Tensor, model: nn.Module, read: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    """Write every parameter into a flat tensor (N,), as `flat_weights` does into a buffer."""
+    for view, parameter in _pieces(flat, model):
+        view.copy_(read(parameter.detach()))
+
+
+def as_buffer(flat: Tensor) -> np.ndarray:
+    """A flat tensor in host memory as a buffer of ``flat_weights``."""
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.int16)).numpy()
+
+
+def load_flat_weights(model: nn.Module, weights: np.ndarray | Tensor) -> None:
+    """Copy a buffer of ``flat_weights``, or a flat tensor, into the model in place; ValueError when it does not fit."""
     dtype, size = _layout(model)
-    carrier = np.dtype(_CARRIERS[dtype])
-    if buffer.shape != (size,) or buffer.dtype != carrier:
+    taken = dtype if isinstance(weights, Tensor) else np.dtype(_CARRIERS[dtype])
+    if weights.shape != (size,) or weights.dtype != taken:
         raise ValueError(
-            f"weights are {buffer.dtype}{list(buffer.shape)}, the model takes {carrier}[{size}]: "
+            f"weights are {weights.dtype}{list(weights.shape)}, the model takes {taken}[{size}]: "
             "sender and receiver must have the same shape and dtype"
         )
-    flat = torch.from_dlpack(buffer).view(dtype)  # shared memory is read-only, which from_numpy warns of
+    # shared memory is read-only, which from_numpy warns of
+    flat = weights if isinstance(weights, Tensor) else torch.from_dlpack(weights).view(dtype)
     with torch.no_grad():
         for view, parameter in _pieces(flat, model):
             parameter.copy_(view)

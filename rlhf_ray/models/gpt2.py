@@ -194,7 +194,8 @@ class GPT2(nn.Module):
         for layer, block in enumerate(self.h):
             arguments = (x, layout.attend, layer, layout.read if layer == last else None)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *arguments, use_reentrant=False)
+                random = self.training and self.config.dropout > 0  # the same is dropped again
+                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=random)
             else:
                 x = block(*arguments)
         return self.ln_f(x)
@@ -225,6 +226,13 @@ class GPT2(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D)."""
         return head_logits(hidden, self.wte.weight)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Have every GPT-2 in the model recompute its blocks in the backward pass."""
+    for module in model.modules():
+        if isinstance(module, GPT2):
+            module.checkpointing = True
 
 
 def compile_blocks(model: nn.Module) -> None:

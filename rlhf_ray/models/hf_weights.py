@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from rlhf_ray.models.gpt2 import GPT2, INIT_STD, GPT2Config
 from rlhf_ray.models.heads import ValueModel
+from rlhf_ray.models.quantised import freeze
 from rlhf_ray.rundir.fit import tensor_faults
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -57,8 +58,11 @@ def load_policy(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vocab_size: int | None = None,
+    frozen: str = "float32",
 ) -> GPT2:
     """Read a language model, its embedding grown to ``vocab_size`` rows when it has fewer.
+
+    One that is ``frozen`` in anything but float32 has its matrices packed as such (``models/quantised.py``).
 
     New rows start at the mean of the old ones (Hewitt 2021): no new token is likelier than an average old
     one. ValueError, naming what is wrong, for a folder that is not this model, or one with more than
@@ -69,7 +73,7 @@ def load_policy(
     head = state.pop("lm_head.weight", None)
     if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
         raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only a tied head can be loaded")
-    model = _build(config, state, Path(folder), device=device, dtype=dtype)
+    model = _build(config, state, Path(folder), device=device, dtype=dtype, frozen=frozen)
     return model if vocab_size is None else _grow(model, vocab_size, Path(folder))
 
 
@@ -85,9 +89,15 @@ def save_reward_model(model: ValueModel, folder: Path | str, *, pad_id: int, bos
 
 
 def load_reward_model(
-    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    frozen: str = "float32",
 ) -> ValueModel:
     """Read a reward model; a folder without a normaliser gets gain 1 and bias 0.
+
+    The trunk of one that is ``frozen`` in anything but float32 is packed.
 
     ValueError, naming what is wrong, for a folder that is not a one-label GPT-2 classifier.
     """
@@ -96,7 +106,7 @@ def load_reward_model(
     score = state.pop("score.weight", None)
     if score is None:
         raise ValueError(f"{folder}: {WEIGHTS} lacks score.weight; this is not a reward model")
-    trunk = _build(config, state, Path(folder), device=device, dtype=dtype)
+    trunk = _build(config, state, Path(folder), device=device, dtype=dtype, frozen=frozen)
     model = ValueModel(trunk)
     if score.shape != model.score.weight.shape:
         raise ValueError(f"{folder}: score.weight is {list(score.shape)}, expected {list(model.score.weight.shape)}")
@@ -144,7 +154,7 @@ def _to_hf(model: GPT2) -> dict[str, Tensor]:
 
 
 def _from_hf(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Tensors under this model's names, transposed back; the head and the score keep theirs."""
+    """Views of the tensors under this model's names, transposed back; the head and the score keep theirs."""
     state: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         own = name.removeprefix(PREFIX)
@@ -153,7 +163,7 @@ def _from_hf(tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
         if own in state:
             raise ValueError(f"{folder}: {own} is there twice, with and without {PREFIX!r}")
         transposed = _TRANSPOSED.search(own) is not None and tensor.ndim == 2
-        state[own] = tensor.t().contiguous() if transposed else tensor
+        state[own] = tensor.t() if transposed else tensor
     return state
 
 
@@ -224,6 +234,7 @@ def _build(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
+    frozen: str,
 ) -> GPT2:
     """A model with the given parameters; dropout is off, as in everything but pre-training."""
     model = _blank(_gpt2_config(config, folder), dtype)
@@ -231,8 +242,12 @@ def _build(
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{folder}: the tensors don't fit {CONFIG}: {'; '.join(problems[:5])}{more}")
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
-    model.load_state_dict(placed, assign=True)
+    if frozen == "float32":
+        state = {name: tensor.to(device=device, dtype=dtype).contiguous() for name, tensor in state.items()}
+    model.load_state_dict(state, assign=True)
+    if frozen != "float32":
+        assert dtype == torch.float32, f"frozen in {frozen}, computed in {dtype}"
+        freeze(model, frozen, device)  # straight from the file, a matrix at a time
     return model
 
 

@@ -12,7 +12,8 @@ Left out on purpose: a second derivative, and sharing the vocabulary among devic
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,14 @@ CHUNK = {"cpu": 2**22, "cuda": 2**26}
 """Logits of one chunk: on a CPU about what its last cache holds, on a GPU 256 MiB."""
 KEPT = 2**26
 """Logits kept for the backward pass, 256 MiB; those beyond are computed again."""
+
+
+class Rows(Protocol):
+    """A head's weight (V, D) that does not learn and is kept in another form."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]: ...  # rows after rows, and where they are
 
 
 def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
@@ -50,7 +59,7 @@ def at_tokens(x: Tensor, mask: Tensor) -> Tensor:
 
 def token_logprobs(
     states: Tensor,
-    head_weight: Tensor,
+    head_weight: Tensor | Rows,
     tokens: Tensor,
     mask: Tensor,
     *,
@@ -75,7 +84,7 @@ def token_logprobs(
 
 
 def weighted_nll_sum(
-    states: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, *, chunk_size: int | None = None
+    states: Tensor, head_weight: Tensor | Rows, targets: Tensor, weights: Tensor, *, chunk_size: int | None = None
 ) -> Tensor:
     """The sum of -w log p over targets (n,) with weights (n,), read from states (n, D): a scalar tensor.
 
@@ -87,7 +96,7 @@ def weighted_nll_sum(
     return loss
 
 
-def _chunk_size(states: Tensor, head_weight: Tensor, given: int | None) -> int:
+def _chunk_size(states: Tensor, head_weight: Tensor | Rows, given: int | None) -> int:
     size = max(64, CHUNK[states.device.type] // len(head_weight)) if given is None else given
     if size < 1:
         raise ValueError(f"chunk_size is {size}; it must be at least 1")
@@ -95,7 +104,8 @@ def _chunk_size(states: Tensor, head_weight: Tensor, given: int | None) -> int:
     return size
 
 
-def _product_type(device: torch.device) -> torch.dtype:
+def product_type(device: torch.device) -> torch.dtype:
+    """Autocast's type where it is on, else float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
@@ -112,7 +122,7 @@ class _Head:
     def __init__(
         self,
         states: Tensor,
-        weight: Tensor,
+        weight: Tensor | Rows,
         targets: Tensor,
         *,
         temperature: float,
@@ -120,15 +130,31 @@ class _Head:
         dtype: torch.dtype,
     ) -> None:
         self.scaled = (states.float() / temperature).to(dtype)  # (n, D), so that logits are divided by it
-        self.weight = weight.to(dtype)  # (V, D)
+        self.weight = weight.to(dtype) if isinstance(weight, Tensor) else weight  # (V, D)
         self.targets = targets[:, None]
         self.temperature = temperature
         self.chunks = [slice(start, start + chunk_size) for start in range(0, len(states), chunk_size)]
 
     def shifted(self, rows: slice) -> Tensor:
         """z - max z (c, V): the chunk's logits, the largest of each row taken off."""
-        logits = _product(self.scaled[rows], self.weight.t())
+        logits = self._logits(self.scaled[rows])
         return logits.sub_(logits.amax(1, keepdim=True))
+
+    def _logits(self, scaled: Tensor) -> Tensor:
+        """(c, D) -> (c, V)."""
+        if isinstance(self.weight, Tensor):
+            return _product(scaled, self.weight.t())
+        logits = scaled.new_empty(len(scaled), len(self.weight), dtype=torch.float32)
+        for columns, block in self.weight.blocks(scaled.dtype):
+            logits[:, columns] = _product(scaled, block.t())
+        return logits
+
+    def _states(self, by_logits: Tensor) -> Tensor:
+        """The gradient of states (c, D) from that of their logits (c, V)."""
+        if isinstance(self.weight, Tensor):
+            return _product(by_logits, self.weight)
+        blocks = self.weight.blocks(by_logits.dtype)
+        return sum(_product(by_logits[:, columns], block) for columns, block in blocks)  # type: ignore[return-value]
 
     def chosen(self, shifted: Tensor, rows: slice) -> Tensor:
         """(c,): what (c, V) holds for the targets."""
@@ -137,13 +163,16 @@ class _Head:
     def gradients(self, needed: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Room for the gradients of states and weight, where they are needed."""
         by_state = torch.empty_like(self.scaled, dtype=torch.float32) if needed[0] else None
-        return by_state, torch.zeros_like(self.weight, dtype=torch.float32) if needed[1] else None
+        if not needed[1]:
+            return by_state, None
+        assert isinstance(self.weight, Tensor)
+        return by_state, torch.zeros_like(self.weight, dtype=torch.float32)
 
     def add(self, by_logits: Tensor, rows: slice, by_state: Tensor | None, by_weight: Tensor | None) -> None:
         """Turn the gradient of a chunk's logits (c, V) into that of its states, and into its part of the weight's."""
-        by_logits = by_logits.to(self.weight.dtype)
+        by_logits = by_logits.to(self.scaled.dtype)
         if by_state is not None:
-            by_state[rows] = _product(by_logits, self.weight).div_(self.temperature)
+            by_state[rows] = self._states(by_logits).div_(self.temperature)
         if by_weight is None:
             return
         if by_logits.dtype == torch.float32:
@@ -157,9 +186,15 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int, with_entropy: bool
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor | Rows,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _product_type(states.device)
+        dtype = product_type(states.device)
         ctx.options = {"temperature": temperature, "chunk_size": chunk, "dtype": dtype}
         head = _Head(states, weight, targets, **ctx.options)
         logprobs, entropy, total = states.new_empty(3, len(states), dtype=torch.float32)
@@ -176,14 +211,16 @@ class _LogProbs(torch.autograd.Function):
             room -= exponentials.numel()
             if room >= 0:
                 ctx.kept.append(exponentials)
-        ctx.save_for_backward(states, weight, targets, total, entropy if with_entropy else None)
+        ctx.rows = None if isinstance(weight, Tensor) else weight
+        kept_weight = weight if ctx.rows is None else None
+        ctx.save_for_backward(states, kept_weight, targets, total, entropy if with_entropy else None)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_logprob: Tensor, by_entropy: Tensor) -> tuple[Tensor | None, ...]:
         states, weight, targets, total, entropy = ctx.saved_tensors
-        head = _Head(states, weight, targets, **ctx.options)
+        head = _Head(states, weight if ctx.rows is None else ctx.rows, targets, **ctx.options)
         by_state, by_weight = head.gradients(ctx.needs_input_grad)
         kept, ctx.kept = ctx.kept, []
         for number, rows in enumerate(head.chunks):
@@ -203,8 +240,10 @@ class _WeightedNLL(torch.autograd.Function):
     """The sum of -w log p, with its gradients formed at once."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, chunk: int) -> Tensor:
-        dtype = _product_type(states.device)
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor | Rows, targets: Tensor, weights: Tensor, chunk: int
+    ) -> Tensor:
+        dtype = product_type(states.device)
         head = _Head(states, weight, targets, temperature=1.0, chunk_size=chunk, dtype=dtype)
         learning = any(ctx.needs_input_grad)
         by_state, by_weight = head.gradients(ctx.needs_input_grad)

@@ -32,7 +32,10 @@ def check_module(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
 
 
 def check_optimiser(optimiser: Optimizer, state: Mapping[str, Any], path: Path) -> None:
-    """CheckpointError when the state of an AdamW, read from ``path``, is that of other parameters."""
+    """CheckpointError when the state of an AdamW, read from ``path``, is that of other parameters, or of other bits."""
+    bits, own_bits = (groups[0].get("bits", 32) for groups in (state["param_groups"], optimiser.param_groups))
+    if bits != own_bits:
+        _refuse(path, [f"its moments have {bits} bits, this run's {own_bits}: take memory.optimizer_bits {bits}"])
     own = [[tuple(p.shape) for p in group["params"]] for group in optimiser.param_groups]
     saved = [list(group["params"]) for group in state["param_groups"]]
     if [len(group) for group in saved] != [len(group) for group in own]:
