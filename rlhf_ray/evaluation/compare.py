@@ -9,7 +9,6 @@ own sample, in nats, at the sampling temperature.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +23,13 @@ from rlhf_ray.data.prompt_set import tokenise_prompts
 from rlhf_ray.data.readers import read_prompts
 from rlhf_ray.data.rows import PromptRow
 from rlhf_ray.evaluation.answers import Answers, Panel
+from rlhf_ray.evaluation.intervals import intervals, wilson
 from rlhf_ray.evaluation.judges import Judge, find_judge
 from rlhf_ray.generation.load import find_device, load_policy_with_tokenizer
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.hf_weights import load_reward_model
 from rlhf_ray.tokenizer import Tokenizer, find_template
-
-Z95 = 1.959964  # quantile of the standard normal distribution for a two-sided 95 % interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +62,9 @@ class Comparison:
 
 def win_rate(policy: Sequence[float], baseline: Sequence[float]) -> WinRate:
     """Share of pairs that the policy wins, ties half, with the score interval of Wilson (1927)."""
-    n = len(policy)
     p = statistics.mean((a > b) + (a == b) / 2 for a, b in zip(policy, baseline, strict=True))
-    centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
-    half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-    return WinRate(rate=p, low=centre - half, high=centre + half)
+    low, high = wilson(p, len(policy))
+    return WinRate(rate=p, low=low, high=high)
 
 
 def pick(rows: Sequence[PromptRow], count: int) -> list[PromptRow]:
@@ -164,6 +160,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "win_rate": None if win is None else {"rate": win.rate, "low": win.low, "high": win.high},
         "baseline": summary(comparison.baseline),
         "policy": summary(comparison.policy),
+        "intervals": intervals(comparison.baseline, comparison.policy),
         "samples": sample_pairs(comparison),
     }
 

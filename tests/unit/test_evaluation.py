@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from small_folders import LINES, make_policy, make_reward_model, small_tokenizer
 
 from rlhf_ray.config import EvaluateConfig
 from rlhf_ray.data.rows import ChatRow, PromptRow, TextRow
+from rlhf_ray.evaluation.answers import Answers
 from rlhf_ray.evaluation.compare import Comparison, compare, pick, show, summary, win_rate
 from rlhf_ray.evaluation.distinct import distinct_n
+from rlhf_ray.evaluation.intervals import intervals, of_mean, wilson
 from rlhf_ray.evaluation.judges import find_judge
 from rlhf_ray.evaluation.perplexity import measure, perplexities, read_rows, show_perplexities, to_passages
 from rlhf_ray.functions import load_function
@@ -50,6 +53,24 @@ def test_wilson_interval() -> None:
     assert (win.rate, win.low, win.high) == pytest.approx((0.7, 0.6042, 0.7811), abs=1e-4)
     certain = win_rate([1, 1], [0, 0])
     assert certain.high == pytest.approx(1) and certain.low == pytest.approx(0.3424, abs=1e-4)
+
+
+def test_intervals_of_means_shares_and_pairs() -> None:
+    def answers(judged: tuple[float, ...], finished: tuple[bool, ...]) -> Answers:
+        return Answers(
+            texts=("a",) * 4, lengths=(3, 4, 3, 4), finished=finished, kl=(0.0,) * 4, judged=judged, scores=None
+        )
+
+    before = answers((1.0, 2.0, 3.0, 4.0), (True, True, False, False))
+    after = answers((2.0, 3.0, 4.0, 5.0), (True,) * 4)
+    found = intervals(before, after)
+    half = 1.959964 * statistics.stdev((1, 2, 3, 4)) / 2
+    assert found["baseline"]["judge"] == pytest.approx((2.5 - half, 2.5 + half))
+    assert found["difference"]["judge"] == (1.0, 1.0)  # every answer is better by one, however unlike the prompts
+    assert found["baseline"]["eos_rate"] == wilson(0.5, 4) and found["policy"]["eos_rate"][1] == pytest.approx(1)
+    assert found["difference"]["eos_rate"][0] < 0.5 < found["difference"]["eos_rate"][1]
+    assert all("reward" not in of for of in found.values())
+    assert of_mean([1.0]) is None
 
 
 def test_picked_prompts_are_spread_over_the_file() -> None:
@@ -227,6 +248,8 @@ def test_the_table_and_its_file(config: EvaluateConfig, capsys: pytest.CaptureFi
     saved = json.loads(config.output.read_text(encoding="utf-8"))
     assert saved["policy"] == summary(result.policy)
     assert saved["win_rate"]["rate"] == win(result)
+    low, high = saved["intervals"]["policy"]["length"]
+    assert low <= saved["policy"]["length"] <= high
     assert [pair["policy"] for pair in saved["samples"]] == list(result.policy.texts)
 
 
