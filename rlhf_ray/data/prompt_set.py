@@ -6,7 +6,7 @@ Tokenised once on the driver and sent to the workers whole, so that a rollout na
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf_ray.data.rows import PromptRow
@@ -27,6 +27,23 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def spread(self, count: int) -> PromptSet:
+        """At most ``count`` of them, evenly spread, so that a sorted file gives every kind."""
+        count = min(count, len(self))
+        picked = [i * len(self) // count for i in range(count)]
+        return replace(
+            self, rows=tuple(self.rows[i] for i in picked), token_ids=tuple(self.token_ids[i] for i in picked)
+        )
+
+    def __add__(self, other: PromptSet) -> PromptSet:
+        """These prompts and then the others."""
+        return PromptSet(
+            rows=self.rows + other.rows,
+            token_ids=self.token_ids + other.token_ids,
+            dropped=self.dropped + other.dropped,
+            cut=self.cut + other.cut,
+        )
 
 
 def tokenise_prompts(

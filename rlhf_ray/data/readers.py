@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rlhf_ray.data.formats import CHATS, PAIRS, PROMPTS, TEXTS, Table, parse
 from rlhf_ray.data.records import Bad, Numbered, is_text, lines, parse_json, records
 from rlhf_ray.data.rows import ChatRow, PairRow, PromptRow, TextRow
 
 log = logging.getLogger(__name__)
-Row = TypeVar("Row")
 
 
 def read_text(path: Path | str, max_bad_rows: int = 0) -> list[TextRow]:
@@ -24,10 +24,7 @@ def read_text(path: Path | str, max_bad_rows: int = 0) -> list[TextRow]:
 
     Raises ValueError as ``file:line: reason`` on more than max_bad_rows bad rows, and when no row is left.
     """
-    path = Path(path)
-    if is_text(path):
-        return _collect(path, _paragraphs(lines(path)), lambda text: TextRow(text=text), max_bad_rows)
-    return _collect(path, records(path), _by_table(TEXTS), max_bad_rows)
+    return _collect(Path(path), "text", max_bad_rows)
 
 
 def read_chats(path: Path | str, max_bad_rows: int = 0) -> list[ChatRow]:
@@ -35,7 +32,7 @@ def read_chats(path: Path | str, max_bad_rows: int = 0) -> list[ChatRow]:
 
     Raises ValueError as ``file:line: reason`` on more than max_bad_rows bad rows, and when no row is left.
     """
-    return _collect(Path(path), records(Path(path)), _by_table(CHATS), max_bad_rows)
+    return _collect(Path(path), "chats", max_bad_rows)
 
 
 def read_pairs(path: Path | str, max_bad_rows: int = 0) -> list[PairRow]:
@@ -43,7 +40,7 @@ def read_pairs(path: Path | str, max_bad_rows: int = 0) -> list[PairRow]:
 
     Raises ValueError as ``file:line: reason`` on more than max_bad_rows bad rows, and when no row is left.
     """
-    return _collect(Path(path), records(Path(path)), _by_table(PAIRS), max_bad_rows)
+    return _collect(Path(path), "pairs", max_bad_rows)
 
 
 def read_prompts(path: Path | str, max_bad_rows: int = 0) -> list[PromptRow]:
@@ -52,14 +49,32 @@ def read_prompts(path: Path | str, max_bad_rows: int = 0) -> list[PromptRow]:
     A line of plain text that begins with a brace is a JSON record.
     Raises ValueError as ``file:line: reason`` on more than max_bad_rows bad rows, and when no row is left.
     """
-    path = Path(path)
-    if is_text(path):
-        return _collect(path, (item for item in lines(path) if item[1] != ""), _prompt_line, max_bad_rows)
-    return _collect(path, records(path), _by_table(PROMPTS), max_bad_rows)
+    return _collect(Path(path), "prompts", max_bad_rows)
 
 
-def _by_table(table: Table[Row]) -> Callable[[Any], Row]:
-    return lambda record: parse(record, table)
+TABLES: dict[str, Table[Any]] = {"pairs": PAIRS, "chats": CHATS, "text": TEXTS, "prompts": PROMPTS}
+"""The kinds of rows, those with more to them first."""
+
+
+def numbered_rows(path: Path, kind: str) -> Iterator[Numbered]:
+    """Yield (number, row or Bad) of a file that is read as ``kind``, one at a time.
+
+    Raises ValueError when the file can't be read.
+    """
+    numbered: Iterator[Numbered]
+    to_row: Callable[[Any], Any]
+    if is_text(path) and kind == "text":
+        numbered, to_row = _paragraphs(lines(path)), lambda text: TextRow(text=text)
+    elif is_text(path) and kind == "prompts":
+        numbered, to_row = (item for item in lines(path) if item[1] != ""), _prompt_line
+    else:
+        numbered, to_row = records(path), partial(parse, table=TABLES[kind])
+    for number, record in numbered:
+        try:
+            row = record if isinstance(record, Bad) else to_row(record)
+        except ValueError as error:
+            row = Bad(str(error))
+        yield number, row
 
 
 def _prompt_line(line: str) -> PromptRow:
@@ -84,22 +99,20 @@ def _paragraphs(numbered: Iterator[Numbered]) -> Iterator[Numbered]:
         yield first, "\n".join(held)
 
 
-def _collect(path: Path, numbered: Iterator[Numbered], to_row: Callable[[Any], Row], max_bad_rows: int) -> list[Row]:
-    """Parse every record, counting what can't be parsed."""
+def _collect(path: Path, kind: str, max_bad_rows: int) -> list[Any]:
+    """Every row, counting what can't be parsed."""
     if max_bad_rows < 0:
         raise ValueError(f"max_bad_rows is {max_bad_rows}, expected 0 or more")
-    rows, bad = list[Row](), 0
-    for number, record in numbered:
-        try:
-            if isinstance(record, Bad):
-                raise ValueError(record.reason)
-            rows.append(to_row(record))
-        except ValueError as error:
-            bad += 1
-            reason = f"{path}:{number}: {error}"
-            if bad > max_bad_rows:
-                raise ValueError(f"{reason} ({bad} bad rows, max_bad_rows is {max_bad_rows})") from error
-            log.warning("%s (skipped, bad row %d of at most %d)", reason, bad, max_bad_rows)
+    rows, bad = list[Any](), 0
+    for number, row in numbered_rows(path, kind):
+        if not isinstance(row, Bad):
+            rows.append(row)
+            continue
+        bad += 1
+        reason = f"{path}:{number}: {row.reason}"
+        if bad > max_bad_rows:
+            raise ValueError(f"{reason} ({bad} bad rows, max_bad_rows is {max_bad_rows})")
+        log.warning("%s (skipped, bad row %d of at most %d)", reason, bad, max_bad_rows)
     if not rows:
         raise ValueError(f"{path}: no rows" + (f", {bad} bad ones skipped" if bad else ": the file is empty"))
     return rows

@@ -16,7 +16,8 @@ from rlhf_ray.types import Message
 Row = TypeVar("Row", TextRow, ChatRow, PairRow, PromptRow)
 
 
-def _before_last_reply(messages: Sequence[Message]) -> Sequence[Message]:
+def before_last_reply(messages: Sequence[Message]) -> Sequence[Message]:
+    """All of a chat that its last reply answers."""
     last = max(turn for turn, message in enumerate(messages) if message.role == "assistant")
     return messages[:last]
 
@@ -25,7 +26,7 @@ def prompt_text(row: TextRow | ChatRow | PairRow | PromptRow) -> str:
     """What a row answers, as one string: a document itself, all of a chat before its last reply."""
     if isinstance(row, TextRow):
         return row.text
-    messages = _before_last_reply(row.messages) if isinstance(row, ChatRow) else row.prompt
+    messages = before_last_reply(row.messages) if isinstance(row, ChatRow) else row.prompt
     return "\0".join(f"{message.role}\0{message.content}" for message in messages)
 
 
