@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rlhf_ray import console
 from rlhf_ray.cli import main
 from rlhf_ray.config import PPOConfig, repository_path
 from rlhf_ray.startup import StartUp, process_age
@@ -26,7 +27,7 @@ def run(config: PPOConfig) -> None:
     ensure_ppo_inputs(config)
     startup.done("stages_before")
     folder = train_ppo(config, startup)
-    print(f"next: python launch/evaluate.py --policy {folder}, or python launch/chat.py --policy {folder}")
+    console.say(f"next: python launch/evaluate.py --policy {folder}, or python launch/chat.py --policy {folder}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rlhf_ray import console
 from rlhf_ray.cli import main
 from rlhf_ray.config import PretrainConfig
 
@@ -13,8 +14,8 @@ def run(config: PretrainConfig) -> None:
     """Train, then say what comes next."""
     from rlhf_ray.stages import pretrain
 
-    print(f"wrote {pretrain(config)}")
-    print("next: python launch/sft.py")
+    console.say(f"wrote {pretrain(config)}")
+    console.say("next: python launch/sft.py")
 
 
 if __name__ == "__main__":

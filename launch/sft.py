@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from rlhf_ray import console
 from rlhf_ray.cli import main
 from rlhf_ray.config import SFTConfig
 
@@ -13,8 +14,8 @@ def run(config: SFTConfig) -> None:
     """Train, then say what comes next."""
     from rlhf_ray.stages import sft
 
-    print(f"wrote {sft(config)}")
-    print("next: python launch/reward_model.py")
+    console.say(f"wrote {sft(config)}")
+    console.say("next: python launch/reward_model.py")
 
 
 if __name__ == "__main__":

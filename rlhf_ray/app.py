@@ -10,17 +10,21 @@ from functools import partial
 from pathlib import Path
 
 from rlhf_ray.algorithms import ALGORITHMS
-from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, verify
+from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, step_name, verify
 from rlhf_ray.config import PPOConfig, repository_path
 from rlhf_ray.config.run_fields import HOW_TO_RUN
 from rlhf_ray.config.secrets import redacted
-from rlhf_ray.crews import DTYPES, crews
-from rlhf_ray.failures import Deaths, GaveUp, WorkerLost
+from rlhf_ray.crews import DTYPES, crews, publication
+from rlhf_ray.data.lint import Ruler
+from rlhf_ray.data.lint_report import brief
+from rlhf_ray.failures import Deaths, Diverged, GaveUp, WorkerLost
+from rlhf_ray.fitting import fit, limits, report
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.native import build_problem
 from rlhf_ray.objectives.base import model_files
 from rlhf_ray.ppo_inputs import Inputs, read_inputs
+from rlhf_ray.report import report_run
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
 from rlhf_ray.run import Run, prepare_folder, read_metrics
@@ -28,10 +32,12 @@ from rlhf_ray.runtime.all_crews import stop
 from rlhf_ray.runtime.cluster import dashboard_address
 from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.environment import in_a_job, stop_seconds
+from rlhf_ray.runtime.metrics import StepMetrics, place_dashboard
 from rlhf_ray.runtime.train_state import digest
 from rlhf_ray.startup import StartUp
 from rlhf_ray.storage import Mirror, mirror_of
-from rlhf_ray.workers.groups import GeneratorGroup, LearnerGroup, ReferenceGroup, RewardGroup
+from rlhf_ray.tokenizer import find_template
+from rlhf_ray.workers.groups import BaseReferenceGroup, GeneratorGroup, LearnerGroup, ReferenceGroup, RewardGroup
 from rlhf_ray.workers.learner import LearnerWorker
 from rlhf_ray.workers.reference import ReferenceWorker
 from rlhf_ray.workers.reward import RewardWorker
@@ -68,7 +74,7 @@ def train_ppo(config: PPOConfig, startup: StartUp | None = None) -> Path:
     inputs = read_inputs(config)
     mirror = mirror_of(config, "ppo")
     prepare_folder(folder, mirror, overwrite=config.overwrite)
-    settings = {name: value for name, value in config.resolved().items() if name not in NOT_SETTINGS}
+    settings = config.resolved(without=NOT_SETTINGS)
     settings["inputs_sha256"] = digest(_input_files(config, inputs))
     with Run.open(folder, settings, resume=config.resume, allow_config_change=config.allow_config_change) as run:
         if config.resume and is_complete(config):
@@ -80,14 +86,25 @@ def train_ppo(config: PPOConfig, startup: StartUp | None = None) -> Path:
         startup.done("inputs")
         try:
             _train(config, inputs, run, startup, mirror)
+        except (Diverged, GaveUp):
+            _report(config, run)  # which shows what went wrong
+            raise
         finally:
             _forget_unless_begun(folder)
+        _report(config, run)
     return folder
+
+
+def _report(config: PPOConfig, run: Run) -> None:
+    if config.report:
+        report_run(run.folder, run.say)
 
 
 def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror: Mirror | None) -> None:
     deaths = Deaths(config.max_restarts, config.restart_window, run.say)
-    built = crews(config, inputs, startup, deaths)
+    plan = fit(config, inputs, run.say)
+    config = plan.config if plan else config
+    built = crews(config, inputs, startup, deaths, limits(plan))
     actors = [crew for crew in built.values() if isinstance(crew, RayCrew)]
     run.install_signal_handlers()
     if in_a_job() and stop_seconds() < SHORT_STOP:
@@ -95,30 +112,54 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
             f"ray job stop will leave this run {stop_seconds():g} s to finish its step and save; set "
             "RAY_JOB_STOP_WAIT_TIME_S in the job's runtime_env to give it more (docs/CLUSTER.md)"
         )
-    learner = LearnerGroup(built[LearnerWorker])
+    learner = LearnerGroup(built[LearnerWorker], publish=publication(built, run.say))
     roles = Roles(
         generator=GeneratorGroup(built[RolloutWorker], shard_size=config.generation.shard_size),
         reward=RewardGroup(built[RewardWorker]),
-        reference=ReferenceGroup(built[ReferenceWorker]),
+        reference=BaseReferenceGroup(learner.crew) if config.lora.rank else ReferenceGroup(built[ReferenceWorker]),
         learner=learner,
     )
+    shown: StepMetrics | None = None
     if config.num_rollout_workers:
-        run.say(f"Ray dashboard: {dashboard_address()}")
-    course = partial(RLRun, run, config, roles, learner, inputs.tokenizer, inputs.prompts, mirror=mirror, deaths=deaths)
+        run.say(f"Ray dashboard: {dashboard_address()} (for the token that it asks for: ray get-auth-token)")
+        place_dashboard()
+        shown = StepMetrics(config.run)
+    course = partial(
+        RLRun,
+        run,
+        config,
+        roles,
+        learner,
+        inputs.tokenizer,
+        inputs.prompts,
+        mirror=mirror,
+        deaths=deaths,
+        probes=len(inputs.probes),
+        watch=shown.log if shown else None,
+    )
     try:
         lost = _follow(partial(course, startup=startup))
         while lost:
-            deaths.note(lost.who, lost.why, "the run goes back to its last checkpoint")
+            if isinstance(lost, Diverged):
+                course = partial(course, rollbacks=lost.rollbacks + 1)
+            else:
+                deaths.note(lost.who, lost.why, "the run goes back to its last checkpoint")
             for crew in actors:
-                crew.restart() if crew.together else crew.abandon()
+                crew.restart() if crew.together and isinstance(lost, WorkerLost) else crew.abandon()
             lost = _follow(course)
+        if plan:
+            report(plan, built, run)
     finally:
+        if shown:
+            shown.close()
         stop(actors)
 
 
-def _follow(course: Callable[[], RLRun]) -> WorkerLost | None:
-    """Run the algorithm to its end, or until the learner is lost, and with it what came after the last checkpoint."""
-    lost = None
+def _follow(course: Callable[[], RLRun]) -> WorkerLost | Diverged | None:
+    """Run the algorithm to its end, or until the run has to go back to its last checkpoint, because what came after it
+    was lost with the learner or has diverged.
+    """
+    lost: WorkerLost | Diverged | None = None
     try:
         rl_run = course()
     except WorkerLost as error:
@@ -127,6 +168,9 @@ def _follow(course: Callable[[], RLRun]) -> WorkerLost | None:
         with rl_run.run.written():  # while there are still workers to write from
             ALGORITHMS["ppo"](rl_run.config, rl_run.roles, rl_run)
     except WorkerLost as error:
+        lost = error
+    except Diverged as error:
+        rl_run.go_back(error)
         lost = error
     except GaveUp:
         rl_run.save_what_is_done()
@@ -146,18 +190,21 @@ def _input_files(config: PPOConfig, inputs: Inputs) -> list[Path]:
 
 def _forget_unless_begun(folder: Path) -> None:
     """Take back the configuration of a run that did no step, so that it does not bind the next attempt."""
-    if not read_metrics(folder) and CheckpointStore(folder, keep=1).latest() is None:
-        for name in ("config.yaml", "metrics.jsonl"):
+    store = CheckpointStore(folder, keep=1)
+    if not read_metrics(folder) and store.latest() in (None, folder / step_name(0)):
+        store.forget(after=-1)
+        for name in ("config.yaml", "machine.json", "metrics.jsonl"):
             (folder / name).unlink(missing_ok=True)
 
 
 NOT_SETTINGS = (
     *(*HOW_TO_RUN, "max_bad_rows", "cache", "timeout", "call_timeout", "max_restarts", "restart_window"),
-    *("num_rollout_workers", "num_reward_workers", "num_reference_workers", "num_learners", "sharding"),
+    *("num_rollout_workers", "num_reward_workers", "num_reference_workers", "num_learners", "sharding", "weight_sync"),
     *("rollout_cpus", "service_cpus", "rollout_gpus", "reward_gpus", "reference_gpus", "learner_gpus"),
-    *("placement", "rollout_device", "labels"),
+    *("gpu_memory", "host_memory", "generation.max_rows"),
+    *("placement", "rollout_device", "labels", "on_divergence", "probes", "probe_every", "probe_prompts"),
 )
-"""Fields that say how to start and where to compute, not what; a resumed run may differ in them."""
+"""Fields that say how to start, where to compute and what to watch; a resumed run may differ in them."""
 
 
 def _say_inputs(run: Run, config: PPOConfig, inputs: Inputs) -> None:
@@ -165,9 +212,14 @@ def _say_inputs(run: Run, config: PPOConfig, inputs: Inputs) -> None:
     lost = f" ({prompts.dropped} too long and dropped, {prompts.cut} cut)" if prompts.dropped + prompts.cut else ""
     rewards = " + ".join(f"{source.weight:g} x {redacted(source.source)}" for source in config.reward_sources)
     run.say(f"policy {inputs.policy}; {len(prompts)} prompts{lost}; reward {rewards}")
+    template, limit = find_template(config.template), config.generation.prompt_length
+    ruler = Ruler(tokenizer=inputs.tokenizer, template=template, limit=limit)
+    brief([repository_path(config.prompts)], "prompts", ruler, run.say)
     if inputs.device == "cpu" and config.generation.engine == "auto" and (problem := build_problem()):
         run.say(f"generation by plain torch, which is slower than the native pass: {problem}")
     if compute_type(DTYPES[config.ppo.dtype], inputs.device) != DTYPES[config.ppo.dtype]:
         run.say("ppo.dtype bfloat16: this CPU only emulates it, slowly; learner, reference and reward take float32")
+    if inputs.device == "cpu" and config.memory.offload_optimizer:
+        run.say("memory.offload_optimizer: on a CPU the moments are in host memory as it is")
     if config.ppo.critic == "separate" and inputs.critic_init is None:
         run.say("no reward model to start the critic from: it starts from the policy with a new value head")

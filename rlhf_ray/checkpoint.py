@@ -122,6 +122,15 @@ class CheckpointStore:
             self._uploads.begin(self._readable(), keeps=self._mirror_keeps)
         return final
 
+    def forget(self, *, after: int) -> None:
+        """Delete the checkpoints of later steps than ``after``, here and in the mirror."""
+        self.wait()
+        for folder in [folder for step, folder in self._folders() if step > after]:
+            self._remove(folder)
+        for name in self._mirror.names() if self._mirror else []:
+            if self._mirror and _STEP.fullmatch(name) and _step_of(name) > after:
+                self._mirror.remove(name)
+
     def wait(self) -> None:
         """Wait until nothing is on its way to the mirror."""
         if self._uploads:
@@ -133,9 +142,7 @@ class CheckpointStore:
             self._uploads.finish(self._readable(), keeps=self._mirror_keeps)
 
     def latest(self) -> Path | None:
-        """The checkpoint that ``latest`` names (without it, the last by name), not verified; None before the
-        first.
-        """
+        """The checkpoint that ``latest`` names (without it, the last by name), not verified; None before the first."""
         pointer = self.root / "latest"
         if pointer.is_file():
             name = pointer.read_text(encoding="utf-8").strip()
@@ -150,8 +157,7 @@ class CheckpointStore:
         return ranked[0] if ranked else None
 
     def newest_complete(self) -> Path | None:
-        """The newest checkpoint that verifies, reporting each newer one that does not; None when there is
-        none.
+        """The newest checkpoint that verifies, reporting each newer one that does not; None when there is none.
 
         For the run that is about to resume: what a killed run left half-replaced is put back first, and what
         only the mirror has is downloaded, with the best checkpoint and the metrics that go with it.

@@ -1,7 +1,7 @@
 """What the launch scripts share: read the configuration, run, and turn what went wrong into one line.
 
-Exit codes: 0 done, 2 something that the user can mend, 3 workers died too often, with everything saved, 130 stopped by
-a signal with everything saved.
+Exit codes: 0 done, 2 something that the user can mend, 3 workers died too often, with everything saved, 4 the run
+diverged, 130 stopped by a signal with everything saved.
 
 Left out on purpose: torch, until the configuration is known to be good, so that ``--help`` answers at once.
 """
@@ -12,12 +12,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from rlhf_ray import console
 from rlhf_ray.config import Config, PipelineConfig, load, repository_path
 from rlhf_ray.config.loader import REPOSITORY, C
 from rlhf_ray.config.presets import hardware_preset, preset_file
 from rlhf_ray.config.run_fields import RunFields
-from rlhf_ray.failures import GaveUp
+from rlhf_ray.failures import Diverged, GaveUp
 from rlhf_ray.runtime.environment import check_lasting
+
+SHORT = {"--quiet": "--show=lines", "--json": "--show=json"}
 
 
 def main(
@@ -35,16 +38,15 @@ def main(
     # Threads that meet after every small product must not sleep at once, which costs two thirds of the speed of a small
     # model, nor spin for a millisecond, which makes them 10 times slower on a machine that does anything else.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
     named = any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
     preset = None if preset_stage is None or named else preset_file(preset_stage, hardware_preset())
     try:
         config = load(config_class, arguments, description=description, preset=preset)
+        if isinstance(config, RunFields):
+            console.show(config.show)
         if preset is not None:
-            print(
-                f"preset: {preset.relative_to(REPOSITORY)} (what fits this machine; --config takes another)",
-                flush=True,
-            )
+            console.say(f"preset: {preset.relative_to(REPOSITORY)} (what fits this machine; --config takes another)")
         _check_lasting(config)
         run(config)
     except ValueError as error:
@@ -55,6 +57,8 @@ def main(
         return _fail(f"{error.filename}: {error.strerror}")
     except GaveUp as error:
         return _fail(str(error), code=3)
+    except Diverged as error:
+        return _fail(str(error), code=4)
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
         return 130

@@ -1,13 +1,14 @@
 """What a person sees while a program runs: a live bar and tables on a terminal, plain lines in a file or a
 pipe.
 
-Left out on purpose: colours, spinners and logging levels; the run's log.txt and metrics.jsonl keep what
-matters.
+What is shown how is settled once a process, by `show`.  Left out on purpose: colours, spinners and logging levels; the
+run's log.txt and metrics.jsonl keep what matters.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import textwrap
 import time
@@ -21,9 +22,27 @@ from rich.table import Table
 from rich.text import Text
 
 _console = Console(highlight=False)
+_mode = "live"
 
 WIDEST_COLUMN = 50
 """Characters of a column of a plain table; longer cells are folded."""
+
+
+def show(mode: str) -> None:
+    """Settle what a terminal gets: a ``live`` view, ``lines``, or ``json`` alone on standard output."""
+    global _console, _mode
+    _mode = mode
+    _console = Console(highlight=False, stderr=mode == "json")
+
+
+def as_json() -> bool:
+    """Whether standard output is for JSON alone."""
+    return _mode == "json"
+
+
+def live_terminal() -> Console | None:
+    """The terminal that a live view may be drawn on, if there is one."""
+    return _console if _console.is_terminal and _mode == "live" else None
 
 
 def say(text: str) -> None:
@@ -31,7 +50,7 @@ def say(text: str) -> None:
     if _console.is_terminal:
         _console.print(text, markup=False, soft_wrap=True)
     else:
-        print(text, flush=True)
+        print(text, flush=True, file=_console.file)
 
 
 def error(text: str) -> None:
@@ -53,13 +72,13 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         return
     lines = [list(columns), *cells]
     widths = [min(WIDEST_COLUMN, max(len(row[i]) for row in lines)) for i in range(len(columns))]
-    print(title)
+    print(title, file=_console.file)
     for row in [list(columns), ["-" * width for width in widths], *cells]:
         folded = [textwrap.wrap(cell, width) or [""] for cell, width in zip(row, widths, strict=True)]
         for line in itertools.zip_longest(*folded, fillvalue=""):
             texts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)]
-            print("  ".join(texts).rstrip())
-    sys.stdout.flush()
+            print("  ".join(texts).rstrip(), file=_console.file)
+    _console.file.flush()
 
 
 class Progress:
@@ -70,14 +89,14 @@ class Progress:
         self._printed = (-1, float("-inf"))  # step and time of the last plain line
         self._metrics: Mapping[str, float] = {}
         self._live: RichProgress | None = None
-        if _console.is_terminal:
+        if terminal := live_terminal():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total}"),
             )
             values = TextColumn("{task.fields[values]}", markup=False)
-            self._live = RichProgress(*columns, TimeRemainingColumn(), values, console=_console)
+            self._live = RichProgress(*columns, TimeRemainingColumn(), values, console=terminal)
             self._task = self._live.add_task(label, total=total, completed=start, values="")
 
     def update(self, step: int, metrics: Mapping[str, float] | None = None) -> None:
@@ -107,7 +126,10 @@ class Progress:
 
     def _line(self) -> None:
         self._printed = (self.step, time.monotonic())
-        print(f"{self.label} {self.step}/{self.total}  {self._values()}".rstrip(), flush=True)
+        if as_json():
+            print(json.dumps({"stage": self.label, "step": self.step, **self._metrics}), flush=True)
+        else:
+            print(f"{self.label} {self.step}/{self.total}  {self._values()}".rstrip(), flush=True)
 
 
 def _cell(value: object) -> str:

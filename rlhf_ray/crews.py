@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,12 +19,15 @@ from rlhf_ray.rewards import RewardContext
 from rlhf_ray.runtime.all_crews import wait_until_built
 from rlhf_ray.runtime.cluster import check_shared, connect, nodes, start
 from rlhf_ray.runtime.crew import RayCrew
+from rlhf_ray.runtime.pending import Pending
 from rlhf_ray.runtime.placement import Node, Request, Seat
 from rlhf_ray.runtime.rendezvous import Rendezvous
+from rlhf_ray.runtime.weight_sync import Broadcasts
 from rlhf_ray.startup import StartUp
+from rlhf_ray.workers.build_learner import build_policy_critic
 from rlhf_ray.workers.groups import Crew, LocalCrew
 from rlhf_ray.workers.learner import LearnerWorker
-from rlhf_ray.workers.policy_critic import build_policy_critic
+from rlhf_ray.workers.limit import within
 from rlhf_ray.workers.reference import ReferenceWorker
 from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -39,20 +42,23 @@ ROLES: dict[type[Any], str] = {
 
 
 def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[str, Any]]:
-    """The constructor arguments of each worker class, the same with and without Ray."""
-    return {
+    """The constructor arguments of each worker class, the same with and without Ray.
+
+    With LoRA nobody is a reference alone: it is the learner's policy without its adapters.
+    """
+    arguments = {
         RolloutWorker: _rollout_arguments(config, inputs),
         RewardWorker: _reward_arguments(config, inputs),
-        ReferenceWorker: _reference_arguments(config, inputs),
         LearnerWorker: _learner_arguments(config, inputs),
     }
+    return arguments if config.lora.rank else {**arguments, ReferenceWorker: _reference_arguments(config, inputs)}
 
 
 def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     generation = config.generation
     return {
         "folder": inputs.policy,
-        "prompts": inputs.prompts,
+        "prompts": inputs.all_prompts,
         "sampling": Sampling(
             temperature=generation.temperature,
             max_new_tokens=generation.response_length,
@@ -61,25 +67,28 @@ def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "seed": config.seed,
         "eos_id": inputs.tokenizer.eos_id,
         "pad_id": inputs.tokenizer.pad_id,
-        "max_rows": generation.shard_size,
+        "max_rows": min(generation.max_rows or generation.shard_size, generation.shard_size),
         "device": inputs.device,
         "dtype": DTYPES[generation.dtype],
         "threads": config.rollout_threads,
         "share": os.cpu_count() or 1,
         "engine": generation.engine,
         "tokenizer": inputs.tokenizer if generation.stop else None,
+        "lora": config.lora if config.lora.rank else None,
+        "frozen": config.memory.frozen,
     }
 
 
 def _reward_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     context = RewardContext(
         tokenizer=inputs.tokenizer,
-        prompts=inputs.prompts,
+        prompts=inputs.all_prompts,
         device=inputs.device,
         dtype=compute_type(DTYPES[config.ppo.dtype], inputs.device),
         micro_batch_size=config.ppo.micro_batch_size,
         micro_batch_tokens=config.ppo.micro_batch_tokens,
         max_length=row_length(config),
+        frozen=config.memory.frozen,
     )
     return {"sources": config.reward_sources, "context": context, "threads": config.scoring_threads}
 
@@ -93,6 +102,7 @@ def _reference_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "device": inputs.device,
         "dtype": compute_type(DTYPES[config.ppo.dtype], inputs.device),
         "threads": config.scoring_threads,
+        "frozen": config.memory.frozen,
     }
 
 
@@ -106,7 +116,11 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         device=inputs.device,
         dtype=compute_type(DTYPES[config.ppo.dtype], inputs.device),
         compiled=config.ppo.compile,
+        checkpointing=config.memory.activation_checkpointing,
         special={name: getattr(inputs.tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")},
+        lora=config.lora,
+        frozen=config.memory.frozen,
+        seed=config.seed,
     )
     return {
         "build": build,
@@ -117,7 +131,28 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "rollout_dtype": DTYPES[config.generation.dtype],
         "threads": config.learner_threads,
         "sharding": config.sharding,
+        "optimizer_bits": config.memory.optimizer_bits,
+        "offload_optimizer": config.memory.offload_optimizer,
+        "direct_versions": _direct_versions(config),
     }
+
+
+def _direct_versions(config: PPOConfig) -> int:
+    """Versions that the learner keeps where weights go out directly: those of all rows under way; else 0."""
+    return config.max_staleness + 1 if config.weight_sync == "direct" else 0
+
+
+def _broadcasts(config: PPOConfig, device: str) -> bool:
+    """Whether weights are broadcast."""
+    return config.weight_sync == "direct" and device == "cpu"
+
+
+def publication(built: Mapping[type[Any], Crew], say: Callable[[str], object]) -> Callable[[int], Pending] | None:
+    """What asks for weights where they are broadcast; ``say`` is told when that fails."""
+    learner, workers = built[LearnerWorker], built[RolloutWorker]
+    if not (isinstance(learner, RayCrew) and isinstance(workers, RayCrew) and workers.beside):
+        return None
+    return Broadcasts(learner, workers, say).publish
 
 
 def device_of_roles(asked: str, here: str, machines: Sequence[Node]) -> str:
@@ -138,7 +173,7 @@ def requests(config: PPOConfig, device: str) -> list[Request]:
     def asks(role: str, count: int, cpus: float, gpus: float, **where: Any) -> Request:
         return Request(role=role, count=count, cpus=cpus, gpus=gpu * gpus, labels=labels[role], **where)
 
-    return [
+    needed = [
         asks("learner", config.num_learners, config.service_cpus, config.learner_gpus),
         asks(
             "rollout",
@@ -151,6 +186,7 @@ def requests(config: PPOConfig, device: str) -> list[Request]:
         asks("reward", config.num_reward_workers, config.service_cpus, config.reward_gpus),
         asks("reference", config.num_reference_workers, config.service_cpus, config.reference_gpus),
     ]
+    return [request for request in needed if request.role != "reference" or not config.lora.rank]
 
 
 def check_cards(config: PPOConfig, device: str) -> None:
@@ -168,14 +204,22 @@ def _own(config: PPOConfig, seats: Sequence[Seat], device: str) -> list[dict[str
     return [{"device": device if same or seat.gpus else "cpu", "share": seat.cores} for seat in seats]
 
 
-def crews(config: PPOConfig, inputs: Inputs, startup: StartUp, deaths: Deaths) -> dict[type[Any], Crew]:
-    """One crew a worker class: in this process without rollout workers, else Ray actors, all starting at once."""
+def crews(
+    config: PPOConfig, inputs: Inputs, startup: StartUp, deaths: Deaths, limits: Mapping[str, int]
+) -> dict[type[Any], Crew]:
+    """One crew a worker class: in this process without rollout workers, else Ray actors, all starting at once.
+
+    ``limits`` are the bytes of its GPU that a role's process may take; a role without one knows no limit.
+    """
     if config.num_rollout_workers:
         start()
         inputs = replace(inputs, device=device_of_roles(config.device, inputs.device, nodes()))
     arguments = worker_arguments(config, inputs)
+    make: dict[type[Any], Callable[..., Any]] = {
+        worker: partial(within, worker, limits[role]) if role in limits else worker for worker, role in ROLES.items()
+    }
     if config.num_rollout_workers == 0:
-        local = {worker: LocalCrew(worker(**arguments[worker])) for worker in arguments}
+        local = {worker: LocalCrew(make[worker](**arguments[worker])) for worker in arguments}
         startup.done("workers")
         return dict(local)
     check_cards(config, inputs.device)
@@ -189,17 +233,20 @@ def crews(config: PPOConfig, inputs: Inputs, startup: StartUp, deaths: Deaths) -
     }
     built = {
         worker: RayCrew(
-            worker,
+            make[worker],
             arguments[worker],
             role=role,
+            run=config.run,
             seats=seats[role],
             own=own.get(worker),
             deaths=deaths,
             timeout=config.timeout,
             call_timeout=config.timeout if worker is LearnerWorker else config.call_timeout,
             together=worker is LearnerWorker,
+            beside=worker is RolloutWorker and _broadcasts(config, inputs.device),
         )
         for worker, role in ROLES.items()
+        if worker in arguments
     }
     wait_until_built(list(built.values()))
     startup.done("workers")

@@ -15,12 +15,24 @@ class WorkerLost(RuntimeError):  # noqa: N818
     """A worker died with a state that nobody else has: a new one goes on from the last checkpoint."""
 
     def __init__(self, who: str, why: str) -> None:
-        super().__init__(f"{who} died ({why})")
+        super().__init__(who, why)  # which is what it is made from again in another process
         self.who, self.why = who, why
+
+    def __str__(self) -> str:
+        return f"{self.who} died ({self.why})"
 
 
 class GaveUp(RuntimeError):  # noqa: N818
     """Workers died more often than the run stands."""
+
+
+class Diverged(RuntimeError):  # noqa: N818
+    """What a run makes is not worth going on with; the message says what was seen."""
+
+    def __init__(self, what: str, *, step: int, rollbacks: int) -> None:
+        super().__init__(what)
+        self.step, self.rollbacks = step, rollbacks
+        """The step that shows it, and how often the run had gone back before."""
 
 
 class Deaths:

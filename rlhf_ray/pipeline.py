@@ -25,6 +25,7 @@ from rlhf_ray.config import (
     repository_path,
 )
 from rlhf_ray.models.folders import has_model
+from rlhf_ray.report import FILE_NAME, report_run
 from rlhf_ray.rundir.files import replace_text
 
 STAMP = "pipeline.json"
@@ -156,11 +157,14 @@ def _evaluate(config: EvaluateConfig) -> None:
     from rlhf_ray.evaluation.compare import compare, show
 
     show(compare(config), config)
+    folder = repository_path(config.policy)
+    if (folder / FILE_NAME).is_file():  # which has no evaluation yet
+        report_run(folder, console.say)
 
 
 def _stamp(stage: Stage, before: str) -> str:
     """Digest of everything that the stage's output follows from."""
-    settings = {k: v for k, v in stage.config.resolved().items() if k not in app.NOT_SETTINGS}
+    settings = stage.config.resolved(without=app.NOT_SETTINGS)
     digest = hashlib.sha256(json.dumps([stage.name, settings, before], sort_keys=True).encode())
     for path in stage.inputs:
         if not path.is_file():

@@ -25,9 +25,17 @@ class Inputs:
     """Hugging Face folder of the SFT policy."""
     tokenizer: Tokenizer
     prompts: PromptSet
+    """What is trained on."""
+    probes: PromptSet
+    """Prompts that only show what changes."""
     critic_init: Path | None
     """Reward model that the critic starts from; None starts it from the policy."""
     device: str
+
+    @property
+    def all_prompts(self) -> PromptSet:
+        """What the workers hold: the prompts and, behind them, the probes."""
+        return self.prompts + self.probes
 
 
 def read_inputs(config: PPOConfig) -> Inputs:
@@ -49,19 +57,25 @@ def read_inputs(config: PPOConfig) -> Inputs:
             f"generation.prompt_length + generation.response_length = {longest} exceeds the model's context of "
             f"{shape.n_positions} tokens"
         )
-    prompts = tokenise_prompts(
-        read_prompts(repository_path(config.prompts), config.max_bad_rows),
-        tokenizer,
-        TEMPLATES[config.template],
-        max_length=config.generation.prompt_length,
-        long_prompts=config.generation.long_prompts,
-    )
+    prompts = _read_prompts(config, config.prompts, tokenizer)
+    probes = prompts if config.probe_prompts is None else _read_prompts(config, config.probe_prompts, tokenizer)
     return Inputs(
         policy=policy,
         tokenizer=tokenizer,
         prompts=prompts,
+        probes=probes.spread(config.probes),
         critic_init=_critic_init(config, tokenizer),
         device=find_device(config.device).type,
+    )
+
+
+def _read_prompts(config: PPOConfig, path: Path, tokenizer: Tokenizer) -> PromptSet:
+    return tokenise_prompts(
+        read_prompts(repository_path(path), config.max_bad_rows),
+        tokenizer,
+        TEMPLATES[config.template],
+        max_length=config.generation.prompt_length,
+        long_prompts=config.generation.long_prompts,
     )
 
 

@@ -11,36 +11,31 @@ checkpoint is under way.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, load_tree, save_tree
 from rlhf_ray.config import PPOConfig
-from rlhf_ray.console import Progress
 from rlhf_ray.data.prompt_set import PromptSet
 from rlhf_ray.data.prompts import PromptStream
-from rlhf_ray.failures import Deaths, GaveUp, WorkerLost
-from rlhf_ray.ops.kl import kl_terms
+from rlhf_ray.failures import Deaths, Diverged, GaveUp, WorkerLost
+from rlhf_ray.health import Health
+from rlhf_ray.live import RunView
+from rlhf_ray.ops.kl import raised
+from rlhf_ray.probes import Asked, Probes
 from rlhf_ray.roles import Generator, J, Roles, S, Stateful
 from rlhf_ray.run import Run
+from rlhf_ray.samples import histograms, sample_rows, texts
 from rlhf_ray.startup import StartUp
 from rlhf_ray.storage import Mirror
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
 from rlhf_ray.types import Done, Experience, Handle, Judged, Rollout, Shards
-
-SHOWN = {
-    "score": "objective/scores",
-    "kl": "objective/kl",
-    "length": "response_length/mean",
-    "eos": "objective/eos_rate",
-    "tok/s": "perf/tokens_per_second/generator",
-}
-"""What the progress line shows."""
 
 
 class SavesItself(Protocol):
@@ -67,14 +62,21 @@ class RLRun:
         startup: StartUp | None = None,
         mirror: Mirror | None = None,
         deaths: Deaths | None = None,
+        probes: int = 0,
+        watch: Callable[[int, Mapping[str, float]], None] | None = None,
+        rollbacks: int = 0,
     ) -> None:
         """Take the newest complete checkpoint in the run's folder up, if there is one.
 
-        ``startup`` is what came before the first step, of which the run then tells; ``deaths`` are its workers'.
+        ``startup`` is what came before the first step, of which the run then tells; ``deaths`` are its workers'.  So
+        many ``probes`` follow the prompts in the workers' prompt set.  ``watch`` is given every step's metrics.
+        The run has gone back ``rollbacks`` times because it had diverged.
         """
-        self.startup, self.deaths = startup, deaths
+        self.startup, self.deaths, self.watch = startup, deaths, watch
         self.run, self.config, self.roles = run, config, roles
         self.learner, self.tokenizer, self.prompts = learner, tokenizer, prompts
+        asked = range(len(prompts), len(prompts) + probes)
+        self.probes = Probes(prompts=asked, roles=roles, config=config, tokenizer=tokenizer)
         self.stream = PromptStream(len(prompts), config.batch_size, group_size=config.group_size, seed=config.seed)
         self.store = CheckpointStore(
             run.folder, keep=config.keep, keep_every=config.keep_every, mirror=mirror, report=run.say
@@ -97,6 +99,13 @@ class RLRun:
             run.say(f"going on from {checkpoint}")
         self._done = self._last_saved = self.first_step
         run.resume_at(self.first_step)
+        self.health = self.track("health", Health(run, config, rollbacks))
+        self.health.resume_at(self.first_step)
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run has gone back because it had diverged."""
+        return self.health.rollbacks
 
     def track(self, name: str, state: S) -> S:
         """Restore a small state from the checkpoint that was taken up, and save it with the next ones."""
@@ -118,16 +127,21 @@ class RLRun:
         """
         total = self.config.total_steps
         opinions = deque(judge(shards) for shards in self._ahead)
+        if self.config.on_divergence == "rollback" and self.store.latest() is None:
+            self._save(0)
         with self._open:
-            self._progress = self._open.enter_context(Progress("ppo", total, start=self.first_step))
+            self._progress = self._open.enter_context(RunView(f"ppo/{self.config.run}", total, start=self.first_step))
             for step in range(self.first_step, total):
                 self._started = perf_counter()
+                asked = self.probes.ask(step) if self.probes.due(step) else None
                 while len(self._ahead) <= min(self.config.max_staleness, total - 1 - step):
                     with self.run.time("generate"):
                         batch = self.stream.take(step + len(self._ahead))
                         self._ahead.append(generator.generate(batch, step))
                     with self.run.time("judge"):
                         opinions.append(judge(self._ahead[-1]))
+                if asked:
+                    self._keep_probes(step, asked)
                 yield step, self._ahead.popleft(), opinions.popleft()
                 if self._stopping and step + 1 < total:
                     self.run.sync()
@@ -153,11 +167,20 @@ class RLRun:
             metrics |= self.startup.metrics()
             self.run.say(str(self.startup))
         if self.config.sample_rows and (done % self.config.samples_every == 0 or done == 1):
-            self.run.samples(done, self._sample_rows(judged, experience))
-        self.run.log(done, metrics)
-        self._progress.update(done, {name: metrics[key] for name, key in SHOWN.items()})
+            self.run.samples(done, sample_rows(judged, experience, self.tokenizer, self.config.sample_rows))
+            self.run.histograms(done, histograms(judged, experience))
+        if metrics["update/skipped"]:
+            self.health.keep(done, judged, experience)
+        metrics |= self.health.see(done, metrics)
+        row = self.run.log(done, metrics)
+        if self.watch:
+            self.watch(done, row)
+        self._progress.update(done, row, partial(texts, judged.rollout, 0, self.tokenizer))
+        self.health.check(done)
         self._done = done
         self._stopping = self.run.should_stop  # asked once: a signal after this is for the next step
+        if done == self.config.total_steps and self.probes.due(done):
+            self._keep_probes(done, self.probes.ask(done))
         if done % self.config.save_every == 0 or done == self.config.total_steps or self._stopping:
             self._save(done)
 
@@ -169,27 +192,19 @@ class RLRun:
             "learner": self.roles.learner.usage,
         }
         usage = {role: ask() for role, ask in roles.items()}
+        elapsed = perf_counter() - self._started
         return {
             **{f"perf/tokens_per_second/{role}": used.tokens_per_second for role, used in usage.items()},
             **{f"perf/busy_seconds/{role}": used.seconds for role, used in usage.items()},
+            **{f"perf/busy_share/{role}": used.seconds / elapsed / used.workers for role, used in usage.items()},
         }
 
-    def _sample_rows(self, judged: Judged, experience: Experience) -> Iterator[dict[str, Any]]:
-        rollout = judged.rollout
-        mask = rollout.response_mask
-        kl = kl_terms(experience.old_logprobs, judged.ref_logprobs, mask).sum(1)
-        advantages = experience.advantages.sum(1) / mask.sum(1)
-        for b in range(min(self.config.sample_rows, len(rollout))):
-            prompt = rollout.tokens[b][rollout.attention_mask[b] & ~mask[b]]
-            response = rollout.tokens[b][mask[b]]
-            yield {
-                "prompt": self.tokenizer.decode(prompt.tolist(), skip_special=False),
-                "response": self.tokenizer.decode(response.tolist(), skip_special=False),
-                "score": float(judged.scores[b]),
-                "kl": float(kl[b]),
-                "advantage": float(advantages[b]),
-                "policy_version": int(rollout.policy_version[b]),
-            }
+    def _keep_probes(self, step: int, asked: Asked) -> None:
+        """Wait for the probes, before the learner takes its next step, and have them written."""
+        with self.run.time("probe"):
+            judged = self.probes.gather(asked)
+        kl_coef = raised(self._tracked["kl"].state_dict()["coef"], self.config.kl.rollback_factor, self.rollbacks)
+        self.run.samples(step, self.probes.rows(judged, kl_coef), kind="probes")
 
     def save_what_is_done(self) -> None:
         """Save the last step that ended although the workers are given up, which can't be waited for.
@@ -201,6 +216,10 @@ class RLRun:
                 self._save(self._done)
             self.run.sync()
         self.run.say(f"stopped after step {self._last_saved}, workers having died too often; the same command goes on")
+
+    def go_back(self, diverged: Diverged) -> None:
+        """Leave a course that has diverged, for the last healthy checkpoint; raises Diverged where that is the end."""
+        self.health.go_back(self.store, diverged)
 
     def close(self) -> None:
         """Close what an algorithm that broke off has left open."""

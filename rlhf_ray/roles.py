@@ -32,6 +32,8 @@ class Worked(Protocol):
 
     def usage(self) -> Usage: ...  # of all workers, for calls that ended since it was last asked; waits for nobody
 
+    def sleep(self) -> None: ...  # give back the memory that can be done without until the next call; waits for nobody
+
 
 class Generator(Worked, Protocol):
     """Answers prompts with the newest policy that it was given before it was asked."""
@@ -90,6 +92,9 @@ class Run(Protocol):
 
     first_step: int
     """The step to begin with, which is also the version of the policy that begins: 0, or that of a checkpoint."""
+
+    @property
+    def rollbacks(self) -> int: ...  # how often it has diverged and gone back
 
     def track(self, name: str, state: S) -> S: ...  # restored from the run's checkpoint now, saved with the next
 

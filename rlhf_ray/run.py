@@ -1,8 +1,8 @@
 """A run's folder: configuration, metrics, samples, log and lock, so that any run can be read, watched and
 resumed.
 
-``config.yaml``, ``metrics.jsonl`` (the truth), ``tensorboard/``, ``samples/step_000100.parquet``, ``log.txt``
-and, written by `CheckpointStore` on the same folder, ``step_000100/`` and ``latest``.
+``config.yaml``, ``machine.json``, ``metrics.jsonl`` (the truth), ``tensorboard/``, ``samples/step_000100.parquet``,
+``probes/``, ``log.txt`` and, written by `CheckpointStore` on the same folder, ``step_000100/`` and ``latest``.
 
 Metrics, samples and whatever is given to `Run.later` are written by one thread, in order, while the run goes on; what
 that thread raises is raised by the next call that gives it something, by `Run.sync` or at the end.
@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -31,14 +31,21 @@ from rlhf_ray import console
 from rlhf_ray.rundir.config_diff import config_difference
 from rlhf_ray.rundir.files import replace_text
 from rlhf_ray.rundir.lock import RunLock
+from rlhf_ray.rundir.machine import write_machine
 from rlhf_ray.rundir.metrics import FILE_NAME, metrics_line, read_metrics, trim_metrics
 from rlhf_ray.rundir.signals import StopSignals
 from rlhf_ray.rundir.writer import Writer
 from rlhf_ray.storage import Mirror
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_ray.rundir.board import Board
+
 __all__ = ["Run", "prepare_folder", "read_metrics"]
 
 CONFIG = "config.yaml"
+KINDS_OF_SAMPLES = ("samples", "probes")
 
 
 def prepare_folder(folder: Path, mirror: Mirror | None, *, overwrite: bool) -> None:
@@ -58,13 +65,14 @@ def prepare_folder(folder: Path, mirror: Mirror | None, *, overwrite: bool) -> N
 class Run:
     """One run and its folder, which belongs to it alone until `close`.  Made by `Run.open`."""
 
-    def __init__(self, folder: Path, lock: RunLock) -> None:
+    def __init__(self, folder: Path, lock: RunLock, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self._lock = lock
         self._metrics = (folder / FILE_NAME).open("a", encoding="utf-8")
         self._log = (folder / "log.txt").open("a", encoding="utf-8")
         self._writer = Writer()
-        self._tensorboard: Any = None
+        self._settings = settings
+        self._tensorboard: Board | None = None
         self._purge_step: int | None = None
         self._seconds: dict[str, float] = {}
         self._signals: StopSignals | None = None
@@ -87,7 +95,8 @@ class Run:
             lock = stack.enter_context(RunLock(folder))
             changes = _settle_config(folder, config, resume, allow_config_change)
             trim_metrics(folder, None)
-            run = cls(folder, lock)
+            write_machine(folder)
+            run = cls(folder, lock, config)
             stack.pop_all()  # from here on the run holds the lock
         for change in changes:
             run.say(f"configuration changed: {change}")
@@ -107,26 +116,34 @@ class Run:
         self._metrics.close()
         trim_metrics(self.folder, step)
         self._metrics = (self.folder / FILE_NAME).open("a", encoding="utf-8")
-        for path in (self.folder / "samples").glob("step_*"):
-            if path.suffix != ".parquet" or int(path.stem.removeprefix("step_")) > step:
-                path.unlink()
+        for kind in KINDS_OF_SAMPLES:
+            for path in (self.folder / kind).glob("step_*"):
+                if path.suffix != ".parquet" or int(path.stem.removeprefix("step_")) > step:
+                    path.unlink()
         self._purge_step = step + 1
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line of metrics.jsonl and TensorBoard scalars, with the seconds timed since the last
-        line.
+    def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Write one line of metrics.jsonl and TensorBoard scalars, with the seconds timed since the last line.
+
+        Returns the line.
         """
         row = {**metrics, **self._seconds}
         self._seconds = {}
         self._writer.submit(self._write_metrics, step, row)
+        return row
 
-    def samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write samples/step_000100.parquet: column step, then every key of any row, None where a row lacks
-        it.
+    def samples(self, step: int, rows: Iterable[Mapping[str, Any]], *, kind: str = "samples") -> None:
+        """Write samples/step_000100.parquet, or probes/: column step, then every key of any row, None where a row
+        lacks it.
 
         The rows are read by the thread that writes them, so making them can be left to it.
         """
-        self._writer.submit(self._write_samples, step, rows)
+        assert kind in KINDS_OF_SAMPLES, kind
+        self._writer.submit(self._write_samples, step, rows, kind)
+
+    def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Write how a step's values are spread, for TensorBoard alone."""
+        self._writer.submit(self._write_histograms, step, values)
 
     def later(self, job: Callable[..., object], *arguments: Any) -> Future[None]:
         """Carry a job out once everything logged so far would survive a power cut, as a checkpoint relies on it."""
@@ -152,17 +169,26 @@ class Run:
         with self._writing(f"the metrics of step {step}"):
             self._metrics.write(metrics_line(step, row))
             self._metrics.flush()
-            if self._tensorboard is None:
-                from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run logs
+            self._board().scalars(step, row)
 
-                self._tensorboard = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, float(value), step)
-            self._tensorboard.flush()
+    def _write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
+        with self._writing(f"the histograms of step {step}"):
+            self._board().histograms(step, values)
 
-    def _write_samples(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        with self._writing(f"the samples of step {step}"):
-            write_samples(self.folder / "samples" / f"step_{step:06d}.parquet", step, rows)
+    def _board(self) -> Board:
+        """Only ever asked for by the writer's thread; slow to import, and not every run logs."""
+        if self._tensorboard is None:
+            from rlhf_ray.rundir.board import Board
+
+            self._tensorboard = Board(self.folder, self._settings, self._purge_step)
+        return self._tensorboard
+
+    def _write_samples(self, step: int, rows: Iterable[Mapping[str, Any]], kind: str) -> None:
+        with self._writing(f"the {kind} of step {step}"):
+            kept = list(rows)
+            write_samples(self.folder / kind / f"step_{step:06d}.parquet", step, kept)
+            if kind == "samples":
+                self._board().answers(step, kept)
 
     def _make_durable(self) -> None:
         with self._writing("the metrics"):
@@ -215,9 +241,10 @@ class Run:
         finally:
             if self._signals:
                 self._signals.restore()
-            for file in filter(None, (self._tensorboard, self._metrics, self._log)):
+            board = [self._tensorboard.close] if self._tensorboard else []
+            for close in (*board, self._metrics.close, self._log.close):
                 with suppress(OSError):  # of a full disk, which whoever wrote has told of
-                    file.close()
+                    close()
             self._lock.release()
 
     def __enter__(self) -> Run:

@@ -165,8 +165,9 @@ class Experience:
 class Weights:
     """A policy's parameters as one flat buffer."""
 
-    buffer: np.ndarray
-    """(N,): every parameter, in the order of ``named_parameters``; bfloat16 travels viewed as int16."""
+    buffer: np.ndarray | Tensor
+    """(N,): every parameter, in the order of ``named_parameters``; bfloat16 travels viewed as int16. A tensor where it
+    stays on the card that sender and receiver share."""
     policy_version: int
     digest: str
     """Of the buffer's bytes and the version; a worker refuses weights that do not match."""
@@ -180,12 +181,15 @@ class Usage:
     seconds: float = 0.0
     """Busy seconds, added over workers."""
     workers: int = 1
+    peak_bytes: int = 0
+    """Most memory that a worker's process has had since it began."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
             tokens=self.tokens + other.tokens,
             seconds=self.seconds + other.seconds,
             workers=self.workers + other.workers,
+            peak_bytes=max(self.peak_bytes, other.peak_bytes),
         )
 
     @property
@@ -228,8 +232,8 @@ class Shards(Generic[X]):
 
 
 def pad_columns(x: Tensor, width: int) -> Tensor:
-    """(b, t) as (b, width), zeros to the right."""
-    return torch.nn.functional.pad(x, (0, width - x.shape[1]))
+    """(b, t) as (b, width), zeros to the right; the tensor itself where it is as wide."""
+    return x if x.shape[1] == width else torch.nn.functional.pad(x, (0, width - x.shape[1]))
 
 
 def concat(parts: Sequence[Any], *, width: int | None = None) -> Any:

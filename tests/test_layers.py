@@ -12,20 +12,21 @@ import pytest
 LAYERS = [
     "config console failures startup types",  # what a user may set, what a person sees, what flows
     "functions native ops roles rundir",  # maths on tensors; protocols; a run's files, one by one
-    "storage",
+    "doctor live monitoring storage",
     "uploads",
     "checkpoint run tokenizer",
     "models",
-    "data",
+    "data samples",
     "generation",
-    "rewards objectives",
-    "workers algorithms",
-    "evaluation",
+    "rewards objectives planning",
+    "health workers algorithms",
+    "evaluation probes report",
     "runtime rl_run ppo_inputs",
     "crews stages",
+    "fitting",
     "app",
     "pipeline",
-    "chat cli",
+    "chat cli lint",
     "launch",
 ]
 LAYER = {part: number for number, line in enumerate(LAYERS) for part in line.split()}

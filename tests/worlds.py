@@ -60,6 +60,8 @@ def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
         "batch_size": 12,
         "total_steps": 3,
         "save_every": 1,
+        "probes": 0,
+        "report": False,
         "device": "cpu",
         "generation": {"response_length": 10, "prompt_length": 40, "shard_size": 5},
         "ppo": {"mini_batch_size": 6, "micro_batch_size": 4, "epochs": 2, "lr": 1e-3},
@@ -76,14 +78,15 @@ class Workers:
     config: PPOConfig
     rollout: RolloutWorker
     reward: RewardWorker
-    reference: ReferenceWorker
+    reference: ReferenceWorker | LearnerWorker
     learner: LearnerWorker
 
     @classmethod
     def build(cls, config: PPOConfig) -> Workers:
         arguments = worker_arguments(config, read_inputs(config))
-        made = [kind(**arguments[kind]) for kind in (RolloutWorker, RewardWorker, ReferenceWorker, LearnerWorker)]
-        workers = cls(config, *made)
+        made = {kind: kind(**arguments[kind]) for kind in arguments}
+        learner = made[LearnerWorker]
+        workers = cls(config, made[RolloutWorker], made[RewardWorker], made.get(ReferenceWorker, learner), learner)
         workers.rollout.update_weights(workers.learner.weights(0))
         return workers
 
@@ -139,5 +142,6 @@ def chats_config(folder: Path, **changes: Any) -> SFTConfig:
         "batch_size": 6,
         "threads": 1,
         "device": "cpu",
+        "report": False,
     }
     return SFTConfig(**(settings | changes))

@@ -14,6 +14,7 @@ Left out on purpose: who computes and where (roles), and what is written down (t
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -21,14 +22,18 @@ from torch import Tensor
 
 from rlhf_ray.config import KL, PPO, PPOConfig
 from rlhf_ray.ops.advantages import MISSING_EOS, clip_scores, gae, kl_shaped_rewards
-from rlhf_ray.ops.kl import AdaptiveKL, FixedKL, KLController, k3, sequence_kl
+from rlhf_ray.ops.kl import AdaptiveKL, FixedKL, KLController, k3, raised, sequence_kl
 from rlhf_ray.ops.losses import explained_variance, log_importance
 from rlhf_ray.ops.masked import masked_mean, masked_var, whiten
+from rlhf_ray.ops.repetition import distinct_rows, repeated_ngrams
 from rlhf_ray.roles import Roles, Run, gather
 from rlhf_ray.types import Experience, Judged, Rollout, Shards
 
 FIRST_KL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats per sequence between two copies of one policy: rounding alone."""
+
+KEPT_KL_TOLERANCE = {"float32": 0.0, "bfloat16": 0.5, "int8": 5.0, "int4": 20.0}
+"""The same where the reference's weights are kept in fewer bits, and the KL is measured from what they have become."""
 
 FIRST_MISMATCH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 """Nats per token, on average, between the generator's log-probabilities and the learner's, of one policy."""
@@ -66,30 +71,46 @@ def train(config: PPOConfig, roles: Roles, run: Run) -> None:
                 evaluation=gather(evaluation),
             )
         if step == 0:
-            check_first_kl(judged, config.ppo.dtype)
+            check_first_kl(judged, first_kl_tolerance(config))
             coarser = min(config.ppo.dtype, config.generation.dtype)  # bfloat16 when either is
             check_first_mismatch(judged, coarser)
-        experience, credited = credit(config.ppo, judged, controller.coef)  # 3. credit
+        coef = raised(controller.coef, config.kl.rollback_factor, run.rollbacks)
+        experience, credited = credit(config.ppo, judged, coef)  # 3. credit
         check_staleness(rollout, step, config.max_staleness)
         if config.max_staleness:
             experience, corrected = correct(experience, config.ppo.importance_cap)
             credited |= corrected
+        if config.memory.sleep:
+            for idle in (roles.reward, roles.reference, *([] if config.max_staleness else [roles.generator])):
+                idle.sleep()
         with run.time("learn"):  # 4. learn
             learned = roles.learner.update(experience).result()
+        if config.memory.sleep:
+            roles.learner.sleep()
         with run.time("publish"):  # 5. publish
             roles.generator.update_weights(roles.learner.weights(step + 1))
-        controller.update(credited["objective/kl"], len(rollout))
+        if math.isfinite(credited["objective/kl"]):
+            controller.update(credited["objective/kl"], len(rollout))
         run.end_step(step, judged, experience, {**credited, **learned})
 
 
-def check_first_kl(judged: Judged, dtype: str) -> None:
+def first_kl_tolerance(config: PPOConfig) -> float:
+    """Nats per sequence that may lie between the policy that begins and the reference.
+
+    With adapters the reference is the policy's own base, in however many bits.
+    """
+    kept = "float32" if config.lora.rank else config.memory.frozen
+    return max(FIRST_KL_TOLERANCE[config.ppo.dtype], KEPT_KL_TOLERANCE[kept])
+
+
+def check_first_kl(judged: Judged, tolerance: float) -> None:
     """Raise ValueError unless policy and reference agree on the first batch, as two copies of one model do."""
     kl = sequence_kl(judged.evaluation.old_logprobs, judged.ref_logprobs, judged.rollout.response_mask)
     worst = float(kl.abs().max())
-    if not worst <= FIRST_KL_TOLERANCE[dtype]:
+    if not worst <= tolerance:
         raise ValueError(
-            f"at step 0 policy and reference differ by {worst:.3g} nats in a sequence, which must be 0: they are not "
-            "the same model, or one of them has dropout on; refusing to train"
+            f"at step 0 policy and reference differ by {worst:.3g} nats in a sequence (allowed: {tolerance:g}): they "
+            "are not the same model, or one of them has dropout on; refusing to train"
         )
 
 
@@ -156,6 +177,8 @@ def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dic
         "val/advantage_std": masked_var(advantages, mask).sqrt(),
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
+        "response/repetition": repeated_ngrams(rollout.tokens, mask).mean(),
+        "response/distinct": torch.tensor(distinct_rows(rollout.tokens, mask)),
         "mismatch/mean": masked_mean(mismatch, mask),
         "mismatch/max": torch.where(mask, mismatch, 0.0).max(),
     }

@@ -59,6 +59,11 @@ class NativeEngine(Engine):
             if said[-1] in stops.ids or (not young[0] and stops.completes(said[1:])):
                 return
 
+    def release(self) -> None:
+        """Free cache, packed weights and logits."""
+        self._native.release()
+        self._logits = torch.empty(0)
+
     def _run(
         self, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, sampling: Sampling, stops: Stops
     ) -> Iterator[tuple[int, Completion]]:

@@ -71,7 +71,6 @@ class NativeModel:
         self.library = library()
         self.dtype = model.wte.weight.dtype
         self._panel = self.library.panel_width()
-        self._names = {id(p): name for name, p in model.named_parameters()}
         self._packed: dict[str, Tensor] = {}
         self._stamp: list[tuple[int, int]] = []
         self.rows = self.capacity = 0
@@ -90,21 +89,21 @@ class NativeModel:
         self._stamp = stamp
         config = self.model.config
         layers = (_Layer * config.n_layer)()
-        for layer, block in zip(layers, self.model.h, strict=True):
+        for number, (layer, block) in enumerate(zip(layers, self.model.h, strict=True)):
             assert isinstance(block, Block)
             for name in ("ln_1", "ln_2"):
                 norm = getattr(block, name)
-                setattr(layer, f"{name}_weight", self._vector(norm.weight))
-                setattr(layer, f"{name}_bias", self._vector(norm.bias))
+                setattr(layer, f"{name}_weight", self._vector(f"{number}.{name}.weight", norm.weight))
+                setattr(layer, f"{name}_bias", self._vector(f"{number}.{name}.bias", norm.bias))
             projections = {
                 "c_attn": block.attn.c_attn,
                 "attn_c_proj": block.attn.c_proj,
                 "c_fc": block.mlp.c_fc,
                 "mlp_c_proj": block.mlp.c_proj,
             }
-            for name, linear in projections.items():
-                setattr(layer, f"{name}_weight", self._panels(linear.weight))
-                setattr(layer, f"{name}_bias", self._vector(linear.bias))
+            for name, linear in projections.items():  # whose weight an adapter may be merged into at this look
+                setattr(layer, f"{name}_weight", self._panels(f"{number}.{name}.weight", linear.weight))
+                setattr(layer, f"{name}_bias", self._vector(f"{number}.{name}.bias", linear.bias))
         self._layers = layers
         self._struct = _Model(
             n_layer=config.n_layer,
@@ -114,29 +113,28 @@ class NativeModel:
             epsilon=config.layer_norm_epsilon,
             wte=self.model.wte.weight.data_ptr(),
             wpe=self.model.wpe.weight.data_ptr(),
-            ln_f_weight=self._vector(self.model.ln_f.weight),
-            ln_f_bias=self._vector(self.model.ln_f.bias),
-            head=self._panels(self.model.wte.weight),
+            ln_f_weight=self._vector("ln_f.weight", self.model.ln_f.weight),
+            ln_f_bias=self._vector("ln_f.bias", self.model.ln_f.bias),
+            head=self._panels("head", self.model.wte.weight),
             layers=ctypes.addressof(layers),
         )
 
-    def _keep(self, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory for what is made of a parameter, the same at every refresh."""
-        name = self._names[id(parameter)]
+    def _keep(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for what is made of a tensor, the same at every refresh."""
         if name not in self._packed:
             self._packed[name] = _zeros(*shape, dtype=dtype)
         return self._packed[name]
 
-    def _vector(self, parameter: Tensor) -> int:
+    def _vector(self, name: str, parameter: Tensor) -> int:
         """Address of a vector as float32, padded to whole panels."""
-        kept = self._keep(parameter, (round_up(len(parameter), self._panel),), torch.float32)
+        kept = self._keep(name, (round_up(len(parameter), self._panel),), torch.float32)
         kept[: len(parameter)].copy_(parameter.detach())
         return kept.data_ptr()
 
-    def _panels(self, parameter: Tensor) -> int:
+    def _panels(self, name: str, parameter: Tensor) -> int:
         """Address of a weight (N, K) as (N / panel, K, panel), zeros behind the last column."""
         N, K = parameter.shape
-        kept = self._keep(parameter, (round_up(N, self._panel) // self._panel, K, self._panel), self.dtype)
+        kept = self._keep(name, (round_up(N, self._panel) // self._panel, K, self._panel), self.dtype)
         whole = N // self._panel
         columns = parameter.detach().T  # (K, N)
         kept[:whole].copy_(columns[:, : whole * self._panel].view(K, whole, self._panel).transpose(0, 1))
@@ -161,6 +159,13 @@ class NativeModel:
         self._cache = _Cache(
             keys=self.keys.data_ptr(), values=self.values.data_ptr(), rows=self.rows, capacity=self.capacity
         )
+
+    def release(self) -> None:
+        """Free the cache and what is made of the weights; ``refresh`` and ``reserve`` make them again."""
+        self.keys = self.values = self._work = torch.empty(0)
+        self.rows = self.capacity = 0
+        self._packed.clear()
+        self._stamp = []
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Give row ``target`` the first ``length`` tokens of row ``source``."""

@@ -59,6 +59,10 @@ class Engine(ABC):
         ValueError as for ``generate``.
         """
 
+    @abstractmethod
+    def release(self) -> None:
+        """Free everything that the next call can make again: caches, copies of weights, captured graphs."""
+
 
 class Stops:
     """What ends a response: EOS, further stop tokens, and strings that its text contains."""

@@ -132,6 +132,10 @@ class TorchEngine(Engine):
             self._stamp, self._run = stamp, None
         return self._runner
 
+    def release(self) -> None:
+        """Free cache, records, the copy of the weights and CUDA graphs, whose memory goes with the last of them."""
+        self._slots = self._record = self._run = self._runner = None
+
     def _new_cache(self, rows: int, capacity: int) -> KVCache:
         config, weight = self.model.config, self.model.wte.weight
         return KVCache.empty(

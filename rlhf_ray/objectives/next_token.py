@@ -22,6 +22,7 @@ from rlhf_ray.data import pack
 from rlhf_ray.models import GPT2
 from rlhf_ray.models.hf_weights import load_policy, save_policy
 from rlhf_ray.models.layout import Layout
+from rlhf_ray.models.lora import merged
 from rlhf_ray.objectives.base import Batch, Dataset, Report
 from rlhf_ray.ops.logprobs import before, token_logprobs, weighted_nll_sum
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
@@ -163,7 +164,7 @@ class NextToken:
         """Write a ``GPT2LMHeadModel`` folder with the tokenizer's files."""
         assert isinstance(model, GPT2)
         ids = self.tokenizer
-        save_policy(model, folder, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id)
+        save_policy(merged(model), folder, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id)
         write_hf_tokenizer(folder, self.tokenizer, self.template)
 
     def report(self, folder: Path, facts: Tensor, dataset: Dataset, device: torch.device) -> Report:

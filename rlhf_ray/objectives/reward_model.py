@@ -23,7 +23,9 @@ from rlhf_ray.data import PairRow, PromptRow, read_pairs, read_prompts, split_by
 from rlhf_ray.models import ValueModel
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_reward_model
+from rlhf_ray.models.lora import merged
 from rlhf_ray.objectives import pair_metrics
+from rlhf_ray.objectives.adapters import adapters_of
 from rlhf_ray.objectives.base import Batch, Dataset, Report, check_length, model_files
 from rlhf_ray.objectives.pair_report import pair_report
 from rlhf_ray.objectives.policy_samples import PolicySampler
@@ -82,6 +84,7 @@ class RewardModel:
         self.folder = model_folder(config.policy)
         self.tokenizer = Tokenizer.load(self.folder)
         self.template = find_template(config.template)
+        self.adapters = adapters_of(config, self.folder, self.tokenizer)
         self._dtype = torch.float32
         self._sampler: PolicySampler | None = None
         self._samples: list[list[int]] = []
@@ -93,12 +96,19 @@ class RewardModel:
 
     def build(self, device: torch.device) -> ValueModel:
         """The policy's trunk with a new score."""
-        trunk = load_policy(self.folder, device=device, dtype=torch.float32, vocab_size=self.tokenizer.vocab_size)
+        if self.adapters:
+            trunk = self.adapters.build(device)
+        else:
+            trunk = load_policy(self.folder, device=device, vocab_size=self.tokenizer.vocab_size)
         check_length(self.config.max_length, trunk.config.n_positions)
         return _trainable(ValueModel(trunk))
 
     def load(self, folder: Path, device: torch.device) -> ValueModel:
         """The model as it was trained: without the normaliser of its copy."""
+        if self.adapters:
+            adapted = self.build(device)
+            self.adapters.load(adapted, folder)
+            return adapted
         model = load_reward_model(folder, device=device, dtype=torch.float32)
         model.reward_gain.fill_(1.0)
         model.reward_bias.fill_(0.0)
@@ -217,11 +227,13 @@ class RewardModel:
             copy.set_normaliser(mean=mean, std=std)
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Write a ``GPT2ForSequenceClassification`` folder."""
+        """Write a ``GPT2ForSequenceClassification`` folder, and the adapters inside it."""
         assert isinstance(model, ValueModel)
         ids = self.tokenizer
-        save_reward_model(model, folder, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id)
+        save_reward_model(merged(model), folder, pad_id=ids.pad_id, bos_id=ids.bos_id, eos_id=ids.eos_id)
         write_hf_tokenizer(folder, ids, self.config.template)
+        if self.adapters:
+            self.adapters.save(model, folder)
 
     @torch.inference_mode()
     def score(self, model: ValueModel, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from rlhf_ray.config import SFTConfig, repository_path
 from rlhf_ray.data import ChatRow, read_chats, split_by_prompt
@@ -19,6 +20,7 @@ from rlhf_ray.models import GPT2
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.gpt2 import MLP, Attention
 from rlhf_ray.models.hf_weights import load_policy
+from rlhf_ray.objectives.adapters import adapters_of
 from rlhf_ray.objectives.base import Dataset, check_length, model_files
 from rlhf_ray.objectives.next_token import Document, NextToken, to_rows
 from rlhf_ray.tokenizer import Tokenizer, find_template
@@ -44,6 +46,7 @@ class SFT(NextToken):
         self.folder = model_folder(config.policy)
         self.tokenizer = Tokenizer.load(self.folder)
         self.template = config.template
+        self.adapters = adapters_of(config, self.folder, self.tokenizer)
 
     def inputs(self) -> list[Path]:
         """The conversations, and the policy's weights and vocabulary."""
@@ -51,15 +54,26 @@ class SFT(NextToken):
 
     def build(self, device: torch.device) -> GPT2:
         """The pre-trained policy, its embedding grown by the special tokens where it lacks them."""
-        return self._load(self.folder, device)
+        return self._prepared(self.adapters.build(device) if self.adapters else self._load(self.folder, device))
 
     def load(self, folder: Path, device: torch.device) -> GPT2:
         """The model as ``save`` left it."""
-        return self._load(folder, device)
+        if not self.adapters:
+            return self._prepared(self._load(folder, device))
+        model = self._prepared(self.adapters.build(device))
+        self.adapters.load(model, folder)
+        return model
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a ``GPT2LMHeadModel`` folder with the tokenizer's files, and the adapters inside it."""
+        super().save(model, folder)
+        if self.adapters:
+            self.adapters.save(model, folder)
 
     def _load(self, folder: Path, device: torch.device) -> GPT2:
-        vocab_size = self.tokenizer.vocab_size
-        model = load_policy(folder, device=device, dtype=torch.float32, vocab_size=vocab_size)
+        return load_policy(folder, device=device, vocab_size=self.tokenizer.vocab_size)
+
+    def _prepared(self, model: GPT2) -> GPT2:
         check_length(self.config.max_length, model.config.n_positions)
         set_dropout(model, self.config.dropout)
         return model

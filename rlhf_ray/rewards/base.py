@@ -30,6 +30,8 @@ class RewardContext:
     """Tokens of the longest row, prompt and response together."""
     micro_batch_tokens: int = 0
     """Tokens of one forward pass; 0 lets ``micro_batch_size`` decide."""
+    frozen: str = "float32"
+    """How a reward model's weights are kept."""
 
 
 class RewardFunction(Protocol):

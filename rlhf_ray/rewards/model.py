@@ -47,7 +47,7 @@ class ModelReward:
         self.micro_batch_tokens = context.micro_batch_tokens
         self.dtype = context.dtype
         self.device = torch.device(context.device)
-        self.model = load_reward_model(folder, device=context.device, dtype=torch.float32)
+        self.model = load_reward_model(folder, device=context.device, frozen=context.frozen)
         self.model.eval().requires_grad_(False)
 
     def __call__(self, rollout: Rollout) -> Tensor:

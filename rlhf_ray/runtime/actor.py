@@ -5,6 +5,8 @@ Left out on purpose: what is done about them, which is the crew's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,10 +20,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from rlhf_ray.failures import WorkerLost
+from rlhf_ray.runtime.metrics import WorkerMetrics
 from rlhf_ray.runtime.tensors import send_as_arrays
-from rlhf_ray.types import Usage
+from rlhf_ray.workers.direct import Notice
 
-ASIDE = "aside"
+ASIDE, STORED = "aside", "stored"
+"""Threads of an actor beside that of its calls."""
 MACHINE_GONE = "its machine is gone"
 DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
@@ -32,31 +37,77 @@ class WorkerActor:
     The worker is built by a call: what an actor's own constructor raises, Ray gives back as text alone.
     """
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, role: str, run: str) -> None:
         self.label = label
+        self._stored: dict[str, Any] = {}
+        self._metrics = WorkerMetrics(run=run, role=role, worker=label)
         send_as_arrays()
 
-    def build(self, worker_class: type[Any], arguments: dict[str, Any]) -> None:
+    def build(self, worker_class: Callable[..., Any], arguments: dict[str, Any]) -> None:
         """Construct the worker, its arguments given as references."""
         values = ray.get(list(arguments.values()))
         self.worker = worker_class(**dict(zip(arguments, values, strict=True)))
 
-    @ray.method(num_returns=2)
-    def call(self, given: str | None, value: Any, method: str, *arguments: Any) -> tuple[Any, Usage]:
-        """What the worker's method returns, after ``given(value)`` if there is one, and the work since the last call.
+    def call(self, given: str | None, value: Any, method: str, times: int, *arguments: Any) -> tuple[Any, ...]:
+        """What the worker's method returns, after ``given(value)`` if there is one, and `Usage` since the last call.
 
-        The value is an argument of its own, because Ray resolves references at this level alone.
+        The method is called so many ``times``, each time with as many of the arguments.  Value and arguments are not
+        in lists of their own, because Ray resolves references at this level alone.
         """
-        if given is not None:
+        if isinstance(value, Published):
+            value.give_to(self.worker)
+        elif given is not None:
             getattr(self.worker, given)(value)
-        return getattr(self.worker, method)(*arguments), self.worker.usage()
+        each = len(arguments) // times
+        values = [self._work(method, *arguments[i * each : (i + 1) * each]) for i in range(times)]
+        used = self.worker.usage()
+        self._metrics.note(used)
+        return *values, used
+
+    def _work(self, method: str, *arguments: Any) -> Any:
+        value = getattr(self.worker, method)(*arguments)
+        if isinstance(value, Notice):
+            return Published(notice=value, who=self.label, keeper=ray.get_runtime_context().current_actor)
+        return value
 
     def aside(self, method: str, *arguments: Any) -> Any:
         """What the worker's method returns, carried out beside other calls."""
         return getattr(self.worker, method)(*arguments)
 
+    def stored(self, notice: Notice) -> list[Any]:
+        """A reference to weights that went out directly, put into the store when somebody first asks; beside calls."""
+        weights = notice.weights
+        if weights.digest not in self._stored:  # a run that goes back has a version twice
+            self._stored = {weights.digest: ray.put(self.worker.kept_weights(weights.policy_version))}
+        return [self._stored[weights.digest]]  # in a list, or Ray would send the value
+
     def __repr__(self) -> str:
         return self.label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """A notice of weights on its way to those who take them."""
+
+    notice: Notice
+    who: str
+    keeper: Any
+    """The actor that keeps them, and its name."""
+
+    def give_to(self, worker: Any) -> None:
+        """Have a worker take the weights over, through the store if they have not come to it directly.
+
+        Raises WorkerLost when their keeper is no more.
+        """
+        if worker.take(self.notice):
+            return
+        asked = self.keeper.stored.options(concurrency_group=STORED).remote(self.notice)
+        try:
+            (ref,) = ray.get(asked)
+            weights = ray.get(ref)
+        except (*DEATHS, ObjectLostError) as error:
+            raise WorkerLost(self.who, cause_of_death(error) or MACHINE_GONE) from None
+        worker.update_weights(weights)
 
 
 def wait_for(ref: Any, what: str, timeout: float) -> Any:
@@ -70,9 +121,10 @@ def wait_for(ref: Any, what: str, timeout: float) -> Any:
 
 
 def plain(error: BaseException) -> BaseException:
-    """A ValueError, which a user can mend, as itself; anything else as Ray's error with the remote traceback."""
+    """A ValueError, which a user can mend, or WorkerLost as itself; anything else as Ray's error with the remote
+    traceback."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(error, RayTaskError) and isinstance(cause, ValueError) else error
+    return cause if isinstance(error, RayTaskError) and isinstance(cause, ValueError | WorkerLost) else error
 
 
 def cause_of_death(error: BaseException) -> str | None:

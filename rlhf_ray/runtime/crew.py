@@ -2,7 +2,8 @@
 
 A call returns at once with a handle, and is carried out by whichever actor is free first (`Dispatcher`).  A handle
 among the arguments of another call travels as a reference, so values go from actor to actor and never through the
-driver.  With its value a call returns what it cost, so nobody has to ask a busy actor how much it has done.
+driver.  With its value a call returns what it cost, so nobody has to ask a busy actor how much it has done.  Calls
+that may be joined are one to Ray when they begin together, which is what keeps the driver's own time small.
 
 An actor that dies, or takes longer over a call than it may, is replaced by a new one of its rank, and its call goes
 before all others to whoever is free.  ``given`` brings the new actor up to date, so the value is the one that the dead
@@ -31,21 +32,19 @@ from rlhf_ray.runtime.actor import (
     ASIDE,
     DEATHS,
     MACHINE_GONE,
+    STORED,
     WorkerActor,
     cause_of_death,
     lost_object,
     plain,
     wait_for,
 )
-from rlhf_ray.runtime.dispatch import Dispatcher, Job
+from rlhf_ray.runtime.dispatch import Dispatcher, Job, give_up
 from rlhf_ray.runtime.life import Life
-from rlhf_ray.runtime.pending import Pending, pending
+from rlhf_ray.runtime.pending import Pending, compute_argument_again, error_of_arguments, pending
 from rlhf_ray.runtime.placement import Seat
 from rlhf_ray.types import Usage
 from rlhf_ray.workers.groups import Given
-
-GRACE_SECONDS = 30.0
-"""That the other ranks have after one's error: it may be the echo of a death that is not known of yet."""
 
 
 class RayCrew:
@@ -53,26 +52,29 @@ class RayCrew:
 
     def __init__(
         self,
-        worker_class: type[Any],
+        worker_class: Callable[..., Any],
         arguments: dict[str, Any],
         *,
         role: str,
+        run: str = "default",
         seats: Sequence[Seat],
         own: Callable[[], Sequence[dict[str, Any]]] | None = None,
         deaths: Deaths,
         timeout: float,
         call_timeout: float | None = None,
         together: bool = False,
+        beside: bool = False,
     ) -> None:
         """Start ``worker_class(**arguments)`` in every seat.
 
         ``own`` gives what each worker's arguments differ in, a dictionary a seat, and is asked anew at every start.
-        ``timeout`` and ``call_timeout`` are the seconds that a start and a call may take.  The first of workers
-        ``together`` has a second thread, for `aside`; other workers' calls run in their actors' main threads.
+        ``timeout`` and ``call_timeout`` are the seconds that a start and a call may take.  Workers ``together``, and
+        those who are to do something ``beside`` their calls, have threads for that; other workers' calls run in their
+        actors' main threads.
         """
-        self.role, self.size, self.together = role, len(seats), together
-        self.timeout, self.call_timeout = timeout, call_timeout or timeout
-        groups = {"concurrency_groups": {ASIDE: 1}} if together else {}
+        self.role, self.run, self.size, self.together = role, run, len(seats), together
+        self.timeout, self.call_timeout, self.beside = timeout, call_timeout or timeout, beside
+        groups = {"concurrency_groups": {ASIDE: 1, STORED: 1}} if together or beside else {}
         self._remotes = [ray.remote(**seat.options, **groups)(WorkerActor) for seat in seats]
         self._worker_class, self._own = worker_class, own or (lambda: [{}] * self.size)
         self._shared = {name: ray.put(value) for name, value in arguments.items()}
@@ -81,7 +83,7 @@ class RayCrew:
         self._used, self._lock = Usage(workers=self.size), Lock()
         self._first_built: list[Future[None]] = []
         self._lives: list[Life] = []
-        self._dispatcher = Dispatcher(self._begin, self._watch, name=role)
+        self._dispatcher = Dispatcher(self._begin, self._watch, name=role, size=1 if together else self.size)
         self._dispatcher.carry_out(self._start_all)
 
     @property
@@ -89,14 +91,20 @@ class RayCrew:
         """Those that are there now."""
         return [actor for life in self._lives for actor in life.actors]
 
+    @property
+    def ready(self) -> list[Any]:
+        """Actors that have started."""
+        return [actor for life in self._lives if life.built for actor in life.actors]
+
     def wait_until_built(self) -> None:
         """Wait until every worker has started; raises what a constructor raised."""
         for built in self._first_built:
             built.result()
 
-    def call(self, method: str, *arguments: Any, given: Given | None = None) -> Pending:
+    def call(self, method: str, *arguments: Any, given: Given | None = None, joined: bool = False) -> Pending:
         """Ask whoever is free first, or all together, for a method."""
-        job = Job(method=method, arguments=arguments, given=given, what=f"{self.role}: {method}", course=self._course)
+        what = f"{self.role}: {method}"
+        job = Job(method=method, arguments=arguments, given=given, what=what, joined=joined, course=self._course)
         self._submit(job)
         return Pending(job, self)
 
@@ -111,10 +119,17 @@ class RayCrew:
             self._dispatcher.post(partial(self._end_of, life, who, why))
             raise WorkerLost(who, why) from error
 
+    def tell(self, method: str) -> None:
+        """Have every actor that is there carry out a method after what it is at."""
+        for life in self._lives:
+            if life.built:
+                self._dispatcher.post(partial(life.tell, method))
+
     def usage(self) -> Usage:
         """Work of all calls that have ended since this was last asked."""
         with self._lock:
-            used, self._used = self._used, Usage(workers=self.size)
+            used = self._used
+            self._used = Usage(workers=self.size, peak_bytes=used.peak_bytes)
         return used
 
     def compute_again(self, job: Job, ref: Any) -> None:
@@ -157,7 +172,7 @@ class RayCrew:
         """Start the actor of a rank, or those of all ranks together."""
         ranks = range(self.size) if self.together else [rank]
         names = [f"{self.role} worker {rank}" for rank in ranks]
-        life = Life(rank, self.role, names, [self._remotes[rank] for rank in ranks])
+        life = Life(rank, self.role, names, [self._remotes[rank] for rank in ranks], self.run)
         own = self._own()
         arguments = [self._shared | {name: ray.put(value) for name, value in own[rank].items()} for rank in ranks]
         for name, ref in zip(names, life.build(self._worker_class, arguments, seconds=self.timeout), strict=True):
@@ -170,11 +185,7 @@ class RayCrew:
         if error and (why := cause_of_death(error)):
             self._end_of(life, who, why)
             return False
-        if error and not life.error:
-            life.error = error
-            life.deadline = min(life.deadline, time.monotonic() + GRACE_SECONDS)
-        life.waiting -= 1
-        return not life.waiting
+        return life.has_answered(error)
 
     def _built(self, life: Life, who: str, done: Future[None]) -> None:
         """Note that an actor has started."""
@@ -189,38 +200,44 @@ class RayCrew:
             self._first_built[life.rank].set_result(None)
         self._dispatcher.free(life.rank)
 
-    def _begin(self, rank: int, job: Job) -> None:
-        """Have a worker carry out a job."""
+    def _begin(self, rank: int, jobs: list[Job]) -> None:
+        """Have a worker carry out jobs."""
         life = self._lives[rank]
-        try:
-            self._send(life, job)
-        except Exception as error:  # it can't be sent: whoever waits for it must hear of it
-            job.give_up(error)
-        if life.job is None:
+        if jobs := [job for job in jobs if self._may_begin(job)]:
+            try:
+                answers = life.send(jobs, seconds=self.call_timeout)
+            except Exception as error:  # they can't be sent: whoever waits for them must hear of it
+                give_up(jobs, error)
+            else:
+                for name, (*_, used) in zip(life.names, answers, strict=True):
+                    self._dispatcher.when_done(used.future(), self._ended, life, name, jobs, answers[0][:-1])
+        if not life.jobs:
             self._dispatcher.free(rank)
 
-    def _send(self, life: Life, job: Job) -> None:
-        if self._failure:
-            raise self._failure
+    def _may_begin(self, job: Job) -> bool:
+        """Whether a job can be carried out now; if it never can, whoever waits for it hears of it."""
+        error = self._failure
         if job.course != self._course:
-            raise WorkerLost(job.what, "it was asked for before the run went back")
-        if not all(handle.job.ended.done() for handle in pending(job)):
+            error = error or WorkerLost(job.what, "it was asked for before the run went back")
+        if not error and not all(handle.job.ended.done() for handle in pending(job)):
             self._submit(job)  # one is computed again
-            return
-        answers = life.send(job, seconds=self.call_timeout)
-        for name, (_, used) in zip(life.names, answers, strict=True):
-            self._dispatcher.when_done(used.future(), self._ended, life, name, job, answers[0][0])
+            return False
+        if error := error or error_of_arguments(job):
+            job.give_up(error)
+        return not error
 
-    def _ended(self, life: Life, who: str, job: Job, ref: Any, done: Future[Usage]) -> None:
-        """Note that an actor has ended a job."""
-        if life.job is not job:
+    def _ended(self, life: Life, who: str, jobs: list[Job], values: list[Any], done: Future[Usage]) -> None:
+        """Note that an actor has ended its jobs."""
+        if life.jobs is not jobs:
             return  # it was taken for dead
         if not done.exception():
             with self._lock:
                 self._used += replace(done.result(), workers=0)
         if self._all_answered(life, who, done):
+            self._dispatcher.took(jobs, time.monotonic() - life.begun, limit=self.call_timeout)
             life.rest()
-            self._settle(job, ref, life.error)
+            for job, value in zip(jobs, values, strict=True):
+                self._settle(job, value, life.error)
             self._dispatcher.free(life.rank)
 
     def _settle(self, job: Job, ref: Any, error: BaseException | None) -> None:
@@ -228,9 +245,8 @@ class RayCrew:
         if error is None:
             job.settle(ref)
         elif job.course == self._course and (lost := lost_object(error)) and job.may_try_again():
-            for handle in pending(job):
-                if handle.job.is_at(lost):
-                    handle.crew.compute_again(handle.job, handle.job.ended.result())
+            compute_argument_again(job, lost)
+            job.joined = False  # what one misses is not to be another's loss again
             self._submit(job)
         else:
             job.give_up(plain(error))
@@ -242,15 +258,15 @@ class RayCrew:
             who = life.names[0]
             if life.error:
                 self._fail(plain(life.error))
-            elif life.job:
-                self._end_of(life, who, f"no answer to {life.job.method} for {self.call_timeout:g} s")
+            elif life.jobs:
+                self._end_of(life, who, f"no answer to {life.jobs[0].method} for {self.call_timeout:g} s")
             elif any(other.built for other in self._lives):
                 self._deaths.say(f"{who} has not started within {self.timeout:g} s; the others go on without it")
             else:
                 self._fail(TimeoutError(f"{who} has not started within {self.timeout:g} s"))
 
     def _end_of(self, life: Life, who: str, why: str) -> None:
-        """Replace a worker that has died, and hand its job out again; fail where that can't be done."""
+        """Replace a worker that has died, and hand its jobs out again; fail where that can't be done."""
         if life not in self._lives or self._failure:
             return
         if self.together and life.built:
@@ -259,12 +275,11 @@ class RayCrew:
         self._retire(life)
         try:
             if life.built or why != MACHINE_GONE:  # Ray may start one on a machine that it does not yet know is gone
-                self._deaths.note(who, why, "replaced" + (", 1 job handed out again" if life.job else ""))
+                self._deaths.note(who, why, "replaced" + life.jobs_in_words)
         except GaveUp as error:
             self._fail(error)
             return
-        if life.job:
-            self._dispatcher.again(life.job)
+        self._dispatcher.again(*life.jobs)
         self._lives[life.rank] = self._start(life.rank)
 
     def _retire(self, life: Life) -> None:
@@ -278,7 +293,6 @@ class RayCrew:
             if not built.done():
                 built.set_exception(error)
         for life in self._lives:
-            if life.job:
-                life.job.give_up(error)
+            give_up(life.jobs, error)
             life.rest()
             self._dispatcher.free(life.rank)  # for jobs to come and hear of it

@@ -1,8 +1,10 @@
 """Handing jobs to workers by availability: a job goes to whoever is free first, so a slow worker delays nothing.
 
 A job is ready when the jobs that it needs the values of have ended; ready jobs are handed out in the order in which
-they became ready, one at a time to each worker.  One thread does that and whatever else it is asked to, so no caller
-ever waits to ask, and what it alone touches needs no lock.
+they became ready.  A worker gets one at a time, or, of jobs that may be ``joined``, those of one method that are ready
+when it is: its share of them, so none waits for another to come, and a worker that keeps up gets one at a time still.
+One thread does that and whatever else it is asked to, so no caller ever waits to ask, and what it alone touches needs
+no lock.
 
 Left out on purpose: Ray, and what a worker is or does when it dies.  A job is whole until nobody holds it, so its crew
 can hand it out again, and even after it has ended, when its value is lost.
@@ -28,6 +30,11 @@ WATCH_SECONDS = 0.5
 MOST_LOSSES = 10
 """Times that a call may be tried again because a value was lost, which no worker's death counts."""
 
+MOST_JOINED = 8
+"""Jobs that a worker is handed at once."""
+JOINED_SHARE = 0.25
+"""Of the time limit of a call, that joined jobs are to take, by how long the last ones took."""
+
 _renewing = Lock()
 
 
@@ -41,12 +48,19 @@ class Job:
     """What the worker must hold before it begins."""
     what: str
     """Who is asked for what, as an error names it."""
+    joined: bool = False
+    """Whether it may be handed out with others, each carried out by itself, one after the other."""
     course: int = 0
     """Which of a crew's courses it belongs to; one that the crew has left is not carried out."""
     ended: Future[Any] = field(default_factory=Future)
     """Where its value is, once it is there; the value may be the error that the method raised."""
     losses: int = 0
     """How often its value, or one that it needs, was lost."""
+
+    def joins(self, other: Job) -> bool:
+        """Whether a worker may be handed both at once."""
+        kinds = [(job.joined, job.method, job.given, job.course) for job in (self, other)]
+        return self.joined and kinds[0] == kinds[1]
 
     def settle(self, value: Any) -> None:
         """Say where the value is; one that was given up meanwhile stays so."""
@@ -76,15 +90,24 @@ class Job:
             return True
 
 
+def give_up(jobs: Sequence[Job], error: BaseException) -> None:
+    """Raise an error where any of the values is waited for."""
+    for job in jobs:
+        job.give_up(error)
+
+
 class Dispatcher:
     """Jobs in, jobs out to workers that are known by their ranks."""
 
-    def __init__(self, start: Callable[[int, Job], None], watch: Callable[[], None], *, name: str) -> None:
-        """``start(rank, job)`` begins a job without waiting; ``watch`` is called every now and then by the same thread.
+    def __init__(
+        self, start: Callable[[int, list[Job]], None], watch: Callable[[], None], *, name: str, size: int
+    ) -> None:
+        """``start(rank, jobs)`` begins jobs without waiting; ``watch`` is called now and then by the same thread.
 
-        Nobody is there before `free` says so.
+        There are ``size`` workers, but nobody is there before `free` says so.
         """
-        self._start, self._watch = start, watch
+        self._start, self._watch, self._size = start, watch, size
+        self._most = 1
         self._idle: dict[int, None] = {}  # the one that has been free for longest comes first
         self._ready: deque[Job] = deque()
         self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -100,9 +123,14 @@ class Dispatcher:
         waiting, rest = [job], missing[1:]  # both let go when it is there: it may live as long as the job's arguments
         missing[0].add_done_callback(lambda _: self.submit(waiting.pop(), rest))
 
-    def again(self, job: Job) -> None:
-        """Hand a job out before all others; in the dispatcher's own thread, as are the next two."""
-        self._ready.appendleft(job)
+    def again(self, *jobs: Job) -> None:
+        """Hand jobs out before all others, and one by one, as one of them may be the end of whoever has it.
+
+        In the dispatcher's own thread, as are the next three.
+        """
+        for job in reversed(jobs):
+            job.joined = False
+            self._ready.appendleft(job)
 
     def free(self, rank: int) -> None:
         """Say that a worker is there for a job."""
@@ -111,6 +139,11 @@ class Dispatcher:
     def gone(self, rank: int) -> None:
         """Say that a worker is not there after all."""
         self._idle.pop(rank, None)
+
+    def took(self, jobs: Sequence[Job], seconds: float, *, limit: float) -> None:
+        """Note how long jobs took, so that joined ones stay far below the limit of a call."""
+        if jobs[0].joined:
+            self._most = min(MOST_JOINED, int(len(jobs) * JOINED_SHARE * limit / max(seconds, 1e-3)))
 
     def post(self, event: Callable[[], None]) -> None:
         """Have something done by the dispatcher's thread."""
@@ -152,7 +185,15 @@ class Dispatcher:
             if time.monotonic() >= look:
                 self._watch()
                 look = time.monotonic() + WATCH_SECONDS
-            while self._idle and self._ready:
+            while self._idle and self._ready and self._events.empty():  # what else has ended may be joined
                 rank = next(iter(self._idle))
                 self.gone(rank)
-                self._start(rank, self._ready.popleft())
+                self._start(rank, self._take())
+
+    def _take(self) -> list[Job]:
+        """The first job that is ready, with a worker's share of those behind it that join it."""
+        share = min(self._most, -(-len(self._ready) // self._size))
+        jobs = [self._ready.popleft()]
+        while self._ready and len(jobs) < share and self._ready[0].joins(jobs[0]):
+            jobs.append(self._ready.popleft())
+        return jobs

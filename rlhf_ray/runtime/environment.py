@@ -15,6 +15,8 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
     "RAY_DEDUP_LOGS": "0",
+    # Live pages show what was true two seconds ago, not ten.
+    "RAY_metrics_report_interval_ms": "2000",
     # The first error is raised; its echoes in calls that depend on it say nothing new.
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",

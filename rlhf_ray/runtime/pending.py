@@ -50,6 +50,18 @@ def pending(job: Job) -> Iterator[Pending]:
     return (value for value in handed if isinstance(value, Pending))
 
 
+def error_of_arguments(job: Job) -> BaseException | None:
+    """What one of a job's arguments, which have all ended, has raised."""
+    return next((error for handle in pending(job) if (error := handle.job.ended.exception())), None)
+
+
+def compute_argument_again(job: Job, lost: str) -> None:
+    """Have the argument computed again whose value, an object of this hexadecimal name, was lost."""
+    for handle in pending(job):
+        if handle.job.is_at(lost):
+            handle.crew.compute_again(handle.job, handle.job.ended.result())
+
+
 def reference(argument: Any) -> Any:
     """A handle as something that Ray hands over by reference, a value as itself; raises what its call raised."""
     if isinstance(argument, Pending):

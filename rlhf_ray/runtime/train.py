@@ -103,7 +103,7 @@ def _clear_if_nothing_came_of_it(folder: Path) -> None:
     with lock:
         if read_metrics(folder) or CheckpointStore(folder, keep=1).latest() is not None:
             return
-        for name in ("config.yaml", "metrics.jsonl", "log.txt"):
+        for name in ("config.yaml", "machine.json", "metrics.jsonl", "log.txt"):
             (folder / name).unlink(missing_ok=True)
         if [path.name for path in folder.iterdir()] == [".lock"]:
             shutil.rmtree(folder)

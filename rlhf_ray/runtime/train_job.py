@@ -43,7 +43,7 @@ class Job:
 
 def make_job(objective_name: str, config: TrainConfig) -> Job:
     """Look at everything that can be wrong before training; ValueError naming what is."""
-    saved = {name: value for name, value in config.resolved().items() if name not in RUNTIME_FIELDS}
+    saved = config.resolved(without=RUNTIME_FIELDS)
     config = _absolute(config)
     objective = OBJECTIVES[objective_name](config)
     cores = len(os.sched_getaffinity(0))

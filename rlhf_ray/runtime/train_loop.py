@@ -8,7 +8,6 @@ Left out on purpose: what is due after a step, which ``train_run.py`` knows.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from rlhf_ray.checkpoint import load_tree
 from rlhf_ray.config import TrainConfig
-from rlhf_ray.models.gpt2 import compile_blocks
+from rlhf_ray.models.gpt2 import checkpoint_blocks, compile_blocks
 from rlhf_ray.objectives import Objective
 from rlhf_ray.objectives.cached import cached_dataset
 from rlhf_ray.rundir.fit import check_optimiser
@@ -28,6 +27,9 @@ from rlhf_ray.runtime.train_state import Snapshot, TrainState, optimiser_path
 from rlhf_ray.runtime.train_step import StepInput, World, accumulate, gather_facts, step_input, sum_gradients
 from rlhf_ray.runtime.train_window import Window
 from rlhf_ray.workers.snapshot import copy_of_module, copy_of_state
+
+MOST_SKIPPED = 3
+"""Steps in a row whose loss or gradient may not be finite, and which are skipped; that many are a divergence."""
 
 
 class TrainLoop:
@@ -56,7 +58,12 @@ class TrainLoop:
         self.model.train()
         if self.config.compile:
             compile_blocks(self.model)
-        self.optimiser = make_optimiser(self.model, self.config.optimiser)
+        if self.config.memory.activation_checkpointing:
+            checkpoint_blocks(self.model)
+        kept = self.config.memory
+        self.optimiser = make_optimiser(
+            self.model, self.config.optimiser, bits=kept.optimizer_bits, offload=kept.offload_optimizer
+        )
         if folder is not None:
             state = TrainState.read(folder)
             self.step, self.tokens, self.window = state.step, state.tokens, Window(**state.window)
@@ -77,7 +84,7 @@ class TrainLoop:
         extras = sum_gradients(self.model, extras, self.world)
         settings = self.config.optimiser
         self.lr = learning_rate(settings, step=self.step, total=self.total)
-        norm = apply_gradients(self.optimiser, lr=self.lr, max_grad_norm=settings.max_grad_norm)
+        norm = apply_gradients(self.optimiser, extras[0], lr=self.lr, max_grad_norm=settings.max_grad_norm)
         self.tokens += inputs.tokens
         seconds = time.perf_counter() - started
         self.window.add(extras[0], norm, tokens=inputs.tokens, seconds=seconds, waited=waited)
@@ -94,10 +101,9 @@ class TrainLoop:
         return self.objective.metrics(facts)
 
     def take_metrics(self) -> dict[str, float]:
-        """What the steps since the last call came to; ValueError when loss or gradient is not finite."""
-        metrics = self.window.take()
-        self._check_finite(metrics["loss"], metrics["grad_norm"])
-        return metrics | {
+        """What the steps since the last call came to; ValueError when the newest few of them were all skipped."""
+        self._check_finite()
+        return self.window.take() | {
             "learning_rate": self.lr,
             "epoch": self.order.epoch(self.step),
             "tokens": float(self.tokens),
@@ -105,16 +111,17 @@ class TrainLoop:
 
     def snapshot(self, *, inputs: str) -> Snapshot:
         """What a checkpoint holds, copied into host memory; ValueError as for ``take_metrics``."""
+        self._check_finite()
         window = self.window.values()
-        self._check_finite(sum(window["losses"]), sum(window["norms"]))
         model = copy_of_module(self.model, self.model)
         self.objective.finish(self.model, model)
         state = TrainState(step=self.step, total_steps=self.total, tokens=self.tokens, inputs=inputs, window=window)
         return Snapshot(model=model, optimiser=copy_of_state(self.optimiser.state_dict()), state=state)
 
-    def _check_finite(self, loss: float, norm: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+    def _check_finite(self) -> None:
+        if bad := self.window.skipped_at_last(MOST_SKIPPED):
+            loss, norm = bad
             raise ValueError(
-                f"loss {loss} and gradient norm {norm} up to step {self.step} are "
+                f"loss {loss} and gradient norm {norm} at step {self.step}, as of the steps before, are "
                 f"not both finite; lower optimiser.lr ({self.config.optimiser.lr}), or take dtype float32"
             )

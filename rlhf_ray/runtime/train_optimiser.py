@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from rlhf_ray.config import Optimiser
 from rlhf_ray.ops.schedules import SCHEDULES
+from rlhf_ray.workers.optimiser import adamw
 
 
-def make_optimiser(model: nn.Module, config: Optimiser) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) over the model's trainable parameters.
+def make_optimiser(
+    model: nn.Module, config: Optimiser, *, bits: int = 32, offload: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the model's trainable parameters.
 
     Biases, norms and positions are not decayed: only tensors of two dimensions that are no table of
     positions.
@@ -28,7 +31,14 @@ def make_optimiser(model: nn.Module, config: Optimiser) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return adamw(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        bits=bits,
+        offload=offload,
+    )
 
 
 def learning_rate(config: Optimiser, *, step: int, total: int) -> float:
@@ -36,12 +46,16 @@ def learning_rate(config: Optimiser, *, step: int, total: int) -> float:
     return config.lr * SCHEDULES[config.schedule](step - 1, total, config.warmup_fraction)
 
 
-def apply_gradients(optimiser: torch.optim.AdamW, *, lr: float, max_grad_norm: float) -> Tensor:
-    """Clip (0: don't), step and clear; returns the gradient's norm before clipping, a scalar tensor."""
+def apply_gradients(optimiser: torch.optim.Optimizer, loss: Tensor, *, lr: float, max_grad_norm: float) -> Tensor:
+    """Clip (0: don't), step and clear; returns the gradient's norm before clipping, a scalar tensor.
+
+    Where the loss (a scalar) or the norm is not finite there is no step: neither weights nor moments change.
+    """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
     for group in optimiser.param_groups:
         group["lr"] = lr
-    optimiser.step()
+    if bool(loss.isfinite() & norm.isfinite()):  # equal on all ranks, whose sums these are
+        optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm

@@ -18,6 +18,7 @@ import torch
 
 from rlhf_ray.checkpoint import CheckpointStore, step_name
 from rlhf_ray.console import Progress
+from rlhf_ray.doctor import Doctor
 from rlhf_ray.run import Run, read_metrics
 from rlhf_ray.runtime.train_loop import TrainLoop
 from rlhf_ray.runtime.train_state import ClosingReport, Snapshot
@@ -40,6 +41,7 @@ class Recorder:
             mirror=mirror_of(loop.config, objective.stage),
             report=run.say,
         )
+        self.doctor = Doctor()
         self.progress: Progress | None = None
         self._saving: Future[None] | None = None
 
@@ -47,6 +49,7 @@ class Recorder:
         """Say what is about to happen, and forget what came after the checkpoint."""
         loop, run = self.loop, self.run
         run.resume_at(-1 if folder is None else loop.step)  # the first evaluation is step 0's
+        self.doctor = Doctor(row for row in read_metrics(run.folder) if "loss" in row)  # not those of evaluations
         trainable = sum(p.numel() for p in loop.model.parameters() if p.requires_grad)
         counts = ", ".join(f"{name} {count:,}" for name, count in loop.data.counts.items())
         for note in loop.data.notes:
@@ -62,8 +65,8 @@ class Recorder:
         loop.objective.prepare(loop.world.device, loop.world.dtype)
 
     def training(self, metrics: dict[str, float]) -> None:
-        """Log the metrics of training steps."""
-        self.run.log(self.loop.step, metrics)
+        """Log the metrics of training steps, and say what the doctor thinks of them."""
+        self.run.log(self.loop.step, metrics | self.doctor.tell(self.loop.step, metrics, self.run.say))
         if self.progress is not None:
             self.progress.update(self.loop.step, {"loss": metrics["loss"], "lr": metrics["learning_rate"]})
 

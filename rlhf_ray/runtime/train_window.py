@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -31,11 +32,23 @@ class Window:
         """``losses`` and ``norms`` so far, a number a step: all that does not follow from the clock."""
         return {"losses": list(map(float, self._losses)), "norms": list(map(float, self._norms))}
 
+    def skipped_at_last(self, count: int) -> tuple[float, float] | None:
+        """Loss and norm of the newest step, where the newest ``count``, or all of them, were not both finite."""
+        pairs = self._pairs()[-count:]
+        return pairs[-1] if pairs and not any(map(_finite, pairs)) else None
+
+    def _pairs(self) -> list[tuple[float, float]]:
+        """Loss and norm of each step; waits for the device."""
+        return list(zip(map(float, self._losses), map(float, self._norms), strict=True))
+
     def take(self) -> dict[str, float]:
-        """Means a step of loss, gradient norm, seconds and waiting, and tokens per second; then empty."""
-        steps, started = len(self._losses), time.perf_counter()
-        loss = sum(map(float, self._losses)) / steps  # waits for the device
-        norm = sum(map(float, self._norms)) / steps
+        """Means of loss and gradient norm over the steps that were not skipped, and how many were; means of seconds and
+        waiting, and tokens per second; then empty.
+        """
+        started = time.perf_counter()
+        pairs = self._pairs()
+        taken = [pair for pair in pairs if _finite(pair)]
+        loss, norm = (sum(column) / len(taken) for column in zip(*taken, strict=True))
         seconds = self._seconds + time.perf_counter() - started
         tokens, timed, waited = self._tokens, self._timed, self._waited
         self._losses, self._norms = [], []
@@ -43,7 +56,12 @@ class Window:
         return {
             "loss": loss,
             "grad_norm": norm,
+            "update/skipped": float(len(pairs) - len(taken)),
             "perf/tokens_per_second/train": tokens / seconds,
             "perf/input_wait_seconds": waited / timed,
             "time/step": seconds / timed,
         }
+
+
+def _finite(pair: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, pair))

@@ -9,6 +9,7 @@ A handle that is passed on is never waited for here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,15 +45,20 @@ class Crew(Protocol):
         """How many there are."""
         ...
 
-    def call(self, method: str, *arguments: Any, given: Given | None = None) -> Handle[Any]:
+    def call(self, method: str, *arguments: Any, given: Given | None = None, joined: bool = False) -> Handle[Any]:
         """Ask whoever is free first, without waiting; handles among the arguments arrive as their values.
 
-        Calls begin in the order in which their arguments are there.
+        Calls begin in the order in which their arguments are there.  Those that are ``joined`` and ready together may
+        be handed to one worker together, which carries out each by itself.
         """
         ...
 
     def aside(self, method: str, *arguments: Any) -> Any:
         """Have the only worker do something beside its calls, which go on, and wait for it."""
+        ...
+
+    def tell(self, method: str) -> None:
+        """Have every worker that is there do something after what it is at; nobody waits or hears how it went."""
         ...
 
     def usage(self) -> Usage:
@@ -69,7 +75,7 @@ class LocalCrew:
         self.worker = worker
         self._holds: Given | None = None
 
-    def call(self, method: str, *arguments: Any, given: Given | None = None) -> Done[Any]:
+    def call(self, method: str, *arguments: Any, given: Given | None = None, joined: bool = False) -> Done[Any]:
         """Carry out the method."""
         if given is not None and given is not self._holds:
             getattr(self.worker, given.method)(given.value.result())
@@ -80,6 +86,10 @@ class LocalCrew:
     def aside(self, method: str, *arguments: Any) -> Any:
         """Carry out the method in the calling thread."""
         return getattr(self.worker, method)(*arguments)
+
+    def tell(self, method: str) -> None:
+        """Carry out the method."""
+        getattr(self.worker, method)()
 
     def usage(self) -> Usage:
         """What the worker has done since it was last asked."""
@@ -94,12 +104,16 @@ class Group:
         self.crew = crew
 
     def _map(self, method: str, shards: Shards[Any]) -> Shards[Any]:
-        """One call a shard."""
-        return Shards(tuple(self.crew.call(method, handle) for handle in shards.handles))
+        """One call a shard, joined: opinions on shards that are ready together are had together."""
+        return Shards(tuple(self.crew.call(method, handle, joined=True) for handle in shards.handles))
 
     def usage(self) -> Usage:
         """Work of all workers since the last call."""
         return self.crew.usage()
+
+    def sleep(self) -> None:
+        """Have every worker give back the memory that it can do without until the next call."""
+        self.crew.tell("sleep")
 
 
 class GeneratorGroup(Group):
@@ -142,8 +156,21 @@ class ReferenceGroup(Group):
         return self._map("logprobs", rollouts)
 
 
+class BaseReferenceGroup(ReferenceGroup):
+    """The learner's policy without its adapters, which needs no worker of its own."""
+
+    def usage(self) -> Usage:
+        """None: the work is the learner's, which counts it."""
+        return Usage()
+
+
 class LearnerGroup(Group):
     """The learner: one worker, or several ranks that are given every call together and answer as one."""
+
+    def __init__(self, crew: Crew, *, publish: Callable[[int], Handle[Weights]] | None = None) -> None:
+        """``publish`` asks for a version's weights where workers have to be there for that."""
+        super().__init__(crew)
+        self._publish = publish
 
     def evaluate(self, rollouts: Shards[Rollout]) -> Shards[Evaluation]:
         """Old log-probabilities, entropies and values of each shard."""
@@ -155,7 +182,7 @@ class LearnerGroup(Group):
 
     def weights(self, policy_version: int) -> Handle[Weights]:
         """The policy's weights."""
-        return self.crew.call("weights", policy_version)
+        return self._publish(policy_version) if self._publish else self.crew.call("weights", policy_version)
 
     def snapshot(self) -> Handle[None]:
         """Have the learner keep a copy of its state as it is now, for `write`."""

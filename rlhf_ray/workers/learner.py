@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,24 @@ from torch import Tensor
 
 from rlhf_ray.checkpoint import load_tree, save_tree
 from rlhf_ray.config import PPO
-from rlhf_ray.ops.losses import max_ratio, policy_diagnostics, policy_loss_terms, value_loss_terms
-from rlhf_ray.ops.masked import AGGREGATIONS, masked_sum
+from rlhf_ray.models.lora import published
+from rlhf_ray.models.scoring import policy_logprobs
+from rlhf_ray.ops.masked import AGGREGATIONS
 from rlhf_ray.ops.schedules import SCHEDULES
 from rlhf_ray.rundir.fit import check_optimiser
 from rlhf_ray.types import Evaluation, Experience, Rollout, Usage, Weights, select
-from rlhf_ray.workers.meter import Meter
+from rlhf_ray.workers.direct import Notice, make_sender
+from rlhf_ray.workers.meter import Meter, give_back
+from rlhf_ray.workers.optimiser import adamw
 from rlhf_ray.workers.policy_critic import PolicyCritic
+from rlhf_ray.workers.ppo_loss import ppo_loss
 from rlhf_ray.workers.ranks import Meeting, Ranks
 from rlhf_ray.workers.sharding import join_in, load_whole_optimiser
 from rlhf_ray.workers.snapshot import copy_of_state
 from rlhf_ray.workers.weights import export_weights
 
+Opinions = Sequence[Tensor | None]
+"""Tensors (b, t) of a micro-batch; None is one that was not asked for."""
 RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 """How far a ratio of the first mini-batch may be from one: rounding of the same sums in other groupings."""
 
@@ -54,17 +61,22 @@ class LearnerWorker:
         rollout_dtype: torch.dtype,
         threads: int,
         sharding: str = "none",
+        optimizer_bits: int = 32,
+        offload_optimizer: bool = False,
+        direct_versions: int = 0,
         meeting: Meeting | None = None,
     ) -> None:
         """``build`` makes policy and critic in the worker's own process; at a ``meeting`` it finds the other ranks.
 
-        0 ``threads`` share the cores out among the ranks of a node.
+        0 ``threads`` share the cores out among the ranks of a node.  Weights go out directly where so many newest
+        ``direct_versions`` are kept, and as a value where none are.
         """
         self.model = model = build()
         self.ranks = Ranks.join(meeting, model.device) if meeting else Ranks()
         self.sharded = sharding == "fsdp2"
         if self.sharded:
             model.shard()
+        self.published = published(model.policy)
         self.config = config
         self.seed = seed
         self.total_steps = total_steps
@@ -73,54 +85,70 @@ class LearnerWorker:
         self.step = 0
         self._snapshot: tuple[PolicyCritic, dict[str, Any]] | None = None
         self.meter = Meter(threads or max(1, (os.cpu_count() or 1) // self.ranks.neighbours))
-        self.optimiser = torch.optim.AdamW(
+        self.sender = make_sender(direct_versions, model.device, threads=self.meter.threads)
+        self.optimiser = adamw(
             model.parameter_groups(config.lr, config.value_lr or config.lr, config.weight_decay),
+            lr=config.lr,
             eps=config.adam_eps,
             betas=(0.9, 0.999),
-            fused=True,
+            bits=optimizer_bits,
+            offload=offload_optimizer,
         )
         self._base_lrs = [group["lr"] for group in self.optimiser.param_groups]
 
-    @torch.no_grad()
     def evaluate(self, rollout: Rollout) -> Evaluation:
         """Old log-probabilities, entropies and values of a shard, (B, T) each, on the CPU."""
+        logprobs, entropy, values = self._score(rollout, partial(self.model, with_entropy=True), count=3)
+        return Evaluation(old_logprobs=logprobs, entropy=entropy, values=values)
+
+    def logprobs(self, rollout: Rollout) -> Tensor:
+        """Log-probabilities (B, T) of a shard under the policy without its adapters, on the CPU.
+
+        Taken as ``evaluate`` takes the policy's: adapters that have learned nothing give the same bits.
+        """
+        model, adapters = self.model, self.model.adapters
+        assert adapters, "where every weight learns nothing is left of the policy that began"
+        score = partial(policy_logprobs, adapters.base, temperature=model.temperature, dtype=model.dtype)
+        return self._score(rollout, lambda micro: (score(micro),), count=1)[0]
+
+    @torch.no_grad()
+    def _score(self, rollout: Rollout, score: Callable[[Rollout], Opinions], *, count: int) -> list[Tensor]:
+        """What ``score`` says of each micro-batch, ``count`` tensors (b, t), for a whole shard: (B, T) each."""
         with self.meter.busy():
             self._count(int(rollout.attention_mask.sum()))
-            device = self.model.device
-            logprobs, entropy, values = (torch.zeros(rollout.tokens.shape, device=device) for _ in range(3))
+            found = [torch.zeros(rollout.tokens.shape, device=self.model.device) for _ in range(count)]
             for rows, micro in self._micro_batches(rollout):
-                for found, part in zip((logprobs, entropy, values), self.model(micro, with_entropy=True), strict=True):
+                for whole, part in zip(found, score(micro), strict=True):
                     assert part is not None
-                    found[rows.to(device), : part.shape[1]] = part[: len(rows)]
+                    whole[rows.to(self.model.device), : part.shape[1]] = part[: len(rows)]
             if self.sharded:
                 self.model.rest()
-            logprobs, entropy, values = (self.ranks.sum(found).cpu() for found in (logprobs, entropy, values))
-            return Evaluation(old_logprobs=logprobs, entropy=entropy, values=values)
+            return [self.ranks.sum(whole).cpu() for whole in found]
 
     def update(self, experience: Experience) -> dict[str, float]:
         """Learn from one batch; returns the metrics of the update, averaged over its mini-batches.
 
-        Raises ValueError, before the first optimiser step, when the first mini-batch's ratio is not one, and before
-        any, when its gradient is not finite.
+        One whose loss or gradient is not finite is skipped and counted: the optimiser never sees it.  Raises
+        ValueError, before the first optimiser step, when its mini-batch's ratio is not one.
         """
         with self.meter.busy():
             factor = SCHEDULES[self.config.schedule](self.step, self.total_steps, self.config.warmup_fraction)
             for group, base in zip(self.optimiser.param_groups, self._base_lrs, strict=True):
                 group["lr"] = base * factor
-            history: list[dict[str, float]] = []
+            taken: list[dict[str, float]] = []
+            skipped: list[dict[str, float]] = []
             for mini in self._mini_batches(experience):
-                history.append(self._mini_batch_step(mini, first=not history))
+                metrics, finite = self._mini_batch_step(mini, first=not taken)
+                (taken if finite else skipped).append(metrics)
                 limit = self.config.target_update_kl
-                if limit and history[-1]["policy/update_kl"] > limit:
+                if limit and metrics["policy/update_kl"] > limit:
                     break
             self.step += 1
             self._count(int(experience.rollout.attention_mask.sum()) * self.config.epochs)
-            metrics = {name: sum(h[name] for h in history) / len(history) for name in history[0]}
             return {
-                **metrics,
-                "val/ratio_max": max(h["val/ratio_max"] for h in history),
-                "val/first_ratio_error": history[0]["val/first_ratio_error"],
-                "policy/optimiser_steps": float(len(history)),
+                **_summary(taken or skipped),
+                "policy/optimiser_steps": float(len(taken)),
+                "update/skipped": float(len(skipped)),
                 "policy/lr": self.config.lr * factor,
             }
 
@@ -133,28 +161,33 @@ class LearnerWorker:
             for rows in order.split(self.config.mini_batch_size):
                 yield select(experience, rows[lengths[rows].argsort(stable=True)])
 
-    def _mini_batch_step(self, mini: Experience, *, first: bool) -> dict[str, float]:
-        """One optimiser step; metrics of the mini-batch before the step."""
+    def _mini_batch_step(self, mini: Experience, *, first: bool) -> tuple[dict[str, float], bool]:
+        """One optimiser step, left out where loss or gradient is not finite, and whether it was taken; metrics of the
+        mini-batch before the step.
+
+        Every rank has the same sums and norms, so all take the step or none does.
+        """
         mask = mini.rollout.response_mask
         aggregate = AGGREGATIONS[self.config.aggregation]
         denominator = aggregate.count(mask, self.response_length)
         totals: dict[str, float] = {}
         extremes: list[tuple[float, float]] = []
         for _, micro in self._micro_batches(mini):
-            loss, terms, extreme = self._losses(micro, denominator, mask.sum())
+            loss, terms, extreme = ppo_loss(self.model, self.config, micro, denominator, mask.sum())
             loss.backward()
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             extremes.append(extreme)
         totals, (largest, error) = self._over_ranks(totals, extremes)
-        if first:
-            self._check_first_ratio(error)
         self._sum_gradients()
         norms = self.model.clip_gradients(self.config.max_grad_norm, self.ranks)
-        self._check_gradient(norms)
-        self.optimiser.step()
+        finite = all(map(math.isfinite, (*totals.values(), *norms.values())))
+        if finite:
+            if first:
+                self._check_first_ratio(error)
+            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        return {**totals, **norms, "val/ratio_max": largest, "val/first_ratio_error": error}
+        return {**totals, **norms, "val/ratio_max": largest, "val/first_ratio_error": error}, finite
 
     def _micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Any]]:
         return self.ranks.micro_batches(batch, self.config.micro_batch_size, self.config.micro_batch_tokens)
@@ -173,48 +206,6 @@ class LearnerWorker:
         if not self.sharded:
             self.ranks.sum_gradients(p for group in self.optimiser.param_groups for p in group["params"])
 
-    def _losses(
-        self, micro: Experience, denominator: Tensor, token_count: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], tuple[float, float]]:
-        """This micro-batch's share of the mini-batch's loss and metrics; its largest ratio and distance from one."""
-        config, device = self.config, self.model.device
-        mask = micro.rollout.response_mask.to(device)
-        aggregate = AGGREGATIONS[config.aggregation]
-        share = denominator.to(device)
-        logprobs, entropy, values = self.model(micro.rollout, with_entropy=config.entropy_coef > 0)
-        terms = policy_loss_terms(
-            logprobs,
-            micro.old_logprobs.to(device),
-            micro.advantages.to(device),
-            mask,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            importance_weights=None if micro.importance_weights is None else micro.importance_weights.to(device),
-        )
-        assert micro.values is not None and micro.returns is not None
-        value_terms = value_loss_terms(
-            values,
-            micro.values.to(device),
-            micro.returns.to(device),
-            mask,
-            clip_range=config.value_clip,
-        )
-        policy_loss = aggregate(terms.loss, mask, denominator=share)
-        value_loss = aggregate(value_terms.loss, mask, denominator=share)
-        total = policy_loss + config.value_coef * value_loss
-        if entropy is not None:
-            total = total - config.entropy_coef * aggregate(entropy, mask, denominator=share)
-        tokens = token_count.to(device)
-        metrics = {
-            "loss/policy_avg": policy_loss.detach(),
-            "loss/value_avg": value_loss.detach(),
-            "val/clipfrac_avg": masked_sum(value_terms.clipped.float(), mask) / tokens,
-            **policy_diagnostics(terms, mask, denominator=tokens),
-        }
-        distance = float((terms.log_ratio.exp() - 1).abs().max())
-        return total, metrics, (float(max_ratio(terms, mask)), distance)
-
     def _check_first_ratio(self, error: float) -> None:
         limit = RATIO_TOLERANCE[self.model.dtype]
         if not error <= limit:
@@ -224,20 +215,24 @@ class LearnerWorker:
                 "evaluated with these weights, or dropout is on; refusing to train"
             )
 
-    def _check_gradient(self, norms: dict[str, float]) -> None:
-        if not all(math.isfinite(norm) for norm in norms.values()):
-            self.optimiser.zero_grad(set_to_none=True)
-            raise ValueError(
-                f"step {self.step}: the gradient is not finite ({norms}); the weights are as they were before it: "
-                "resume from the newest checkpoint with a lower ppo.lr"
-            )
+    def weights(self, policy_version: int, meeting: Meeting | None = None) -> Weights | Notice | None:
+        """What a policy version is made of, as one flat buffer; None from all ranks but the first.
 
-    def weights(self, policy_version: int) -> Weights | None:
-        """The policy as one flat buffer in the rollout workers' type; None from all ranks but the first."""
+        That is the policy in the rollout workers' type, or its adapters alone, in float32.  Where weights go out
+        directly, they are sent to all who are at the ``meeting``, and this is a notice.
+        """
         if self.ranks.first:
-            return export_weights(self.model.policy, policy_version, self.rollout_dtype, threads=self.meter.threads)
-        join_in(self.model.policy.parameters())
+            dtype = torch.float32 if self.model.adapters else self.rollout_dtype
+            if self.sender:
+                return self.sender.publish(self.published, policy_version, dtype, meeting)
+            return export_weights(self.published, policy_version, dtype, threads=self.meter.threads)
+        join_in(self.published.parameters())
         return None
+
+    def kept_weights(self, policy_version: int) -> Weights:
+        """Weights that went out directly, for somebody whom they did not reach; beside other work."""
+        assert self.sender
+        return self.sender.kept(policy_version)
 
     def snapshot(self) -> None:
         """Keep a copy of policy, critic, optimiser and step as they are now, for ``write``."""
@@ -268,9 +263,22 @@ class LearnerWorker:
         if self.ranks.first:
             self.meter.count(tokens)
 
+    def sleep(self) -> None:
+        """Give back what is kept for the next call."""
+        give_back()
+
     def usage(self) -> Usage:
         """Tokens evaluated and learned from, and seconds spent, since the last call."""
         return self.meter.take()
 
     def __repr__(self) -> str:
         return f"LearnerWorker(step={self.step}, {self.model.device})"
+
+
+def _summary(history: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics averaged over mini-batches, but for the largest ratio and the first one's distance from one."""
+    return {
+        **{name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]},
+        "val/ratio_max": max(metrics["val/ratio_max"] for metrics in history),
+        "val/first_ratio_error": history[0]["val/first_ratio_error"],
+    }

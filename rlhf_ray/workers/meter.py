@@ -1,14 +1,42 @@
-"""What every worker does around its work: its own thread count, and a count of tokens and busy seconds."""
+"""What every worker does around its work: its own thread count, and a count of tokens, busy seconds and memory."""
 
 from __future__ import annotations
 
+import ctypes
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from rlhf_ray.types import Usage
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had at most: what torch has reserved on its GPU, else private host memory.
+
+    Libraries, mapped files and Ray's store, which processes share, are left out; elsewhere than on Linux they count.
+    """
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    if not STATUS.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines())
+    most, file, store = (int(fields[name].split()[0]) for name in ("VmHWM", "RssFile", "RssShmem"))
+    return 1024 * (most - file - store)
+
+
+def give_back() -> None:
+    """Return what torch and the C library keep for later to the device and to the system."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Meter:
@@ -42,6 +70,6 @@ class Meter:
 
     def take(self) -> Usage:
         """Read the meter and set it to zero."""
-        usage = Usage(tokens=self._tokens, seconds=self._seconds)
+        usage = Usage(tokens=self._tokens, seconds=self._seconds, peak_bytes=peak_memory())
         self._tokens, self._seconds = 0, 0.0
         return usage

@@ -15,27 +15,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rlhf_ray.checkpoint import load_tree, save_tree
+from rlhf_ray.checkpoint import save_tree
 from rlhf_ray.models import GPT2
-from rlhf_ray.models.gpt2 import compile_blocks
 from rlhf_ray.models.heads import SharedValueHead, ValueModel
-from rlhf_ray.models.hf_weights import WEIGHTS, load_policy, load_reward_model, save_policy
+from rlhf_ray.models.lora import learned_state
 from rlhf_ray.models.scoring import autocast, response_layout, response_logprobs
 from rlhf_ray.ops.logprobs import at_tokens
-from rlhf_ray.rundir.fit import check_module
 from rlhf_ray.types import Rollout
+from rlhf_ray.workers.adapted import Adapters, load_learned_policy, save_learned_policy, take_learned
+from rlhf_ray.workers.beside import beside
 from rlhf_ray.workers.ranks import Ranks
-from rlhf_ray.workers.sharding import load_whole, rest, shard, whole
+from rlhf_ray.workers.sharding import rest, shard, whole
 from rlhf_ray.workers.snapshot import copy_of_module, shape_of_module
+
+APART = 256
+"""Width up to which policy and critic have threads of their own on a CPU; wider products share threads well."""
+CLIP_EPSILON = 1e-6
+"""What torch adds to a norm before it divides by it."""
 
 
 class PolicyCritic(Protocol):
     """What the learner trains."""
 
     policy: GPT2
+    adapters: Adapters | None
+    """How the policy is adapted; None where every weight learns."""
     device: torch.device
     dtype: torch.dtype
     """Compute type; parameters are float32."""
+    temperature: float
+    """Divides the logits."""
 
     def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logprobs, entropy (if asked) and values of the response tokens, (b, t) float32 each, 0 elsewhere."""
@@ -71,7 +80,7 @@ class PolicyCritic(Protocol):
 
 
 def _groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    trained = list(parameters)
+    trained = [p for p in parameters if p.requires_grad]
     matrices = [p for p in trained if p.ndim >= 2]
     vectors = [p for p in trained if p.ndim < 2]
     return [
@@ -81,16 +90,13 @@ def _groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) 
 
 
 def _clip(parameters: Iterable[nn.Parameter], max_norm: float, ranks: Ranks) -> float:
-    trained = list(parameters)
+    trained = [p for p in parameters if p.requires_grad]
     norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
     norm = ranks.same(norm)
-    nn.utils.clip_grads_with_norm_(trained, max_norm if max_norm > 0 else float("inf"), norm)
-    return float(norm)
-
-
-def _take(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    check_module(module, state, path)
-    load_whole(module, state)
+    length = float(norm)
+    if 0 < max_norm < length + CLIP_EPSILON:  # else clipping multiplies by one
+        nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
+    return length
 
 
 class SeparateCritic:
@@ -104,25 +110,42 @@ class SeparateCritic:
         temperature: float,
         dtype: torch.dtype,
         special: dict[str, int],
+        adapters: Adapters | None = None,
+        compiled: bool = False,
     ) -> None:
+        """Networks that are ``compiled`` stay on one thread: torch's compiler expects no other."""
         self.policy = policy
         self.critic = critic
+        self.adapters = adapters
         self.device = policy.wte.weight.device
         self.dtype = dtype
         self.special = special
         self.temperature = temperature
         self._shapes = self.policy, self.critic
+        self._apart = (
+            self.device.type == "cpu" and dtype == torch.float32 and policy.config.n_embd <= APART and not compiled
+        )
 
     def __call__(self, micro: Rollout, *, with_entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
         """Logprobs, entropy and values, (b, t)."""
         layout, tokens = response_layout(micro, self.device), micro.tokens.to(self.device)
-        with autocast(self.device, self.dtype):
+
+        def policy() -> tuple[Tensor, ...]:
             states = self.policy.states(tokens, layout)  # (n, D)
-            values = self.critic.values(tokens, layout)  # (n,)
             logprobs, entropy = response_logprobs(
                 self.policy, states, micro, temperature=self.temperature, with_entropy=with_entropy
             )
-        return logprobs, entropy, at_tokens(values, micro.response_mask)
+            return (logprobs,) if entropy is None else (logprobs, entropy)
+
+        def critic() -> tuple[Tensor, ...]:
+            return (at_tokens(self.critic.values(tokens, layout), micro.response_mask),)
+
+        if self._apart and torch.get_num_threads() > 1:
+            said, (values,) = beside(policy, critic)
+        else:
+            with autocast(self.device, self.dtype):
+                said, (values,) = policy(), critic()
+        return said[0], said[1] if with_entropy else None, values
 
     def parameter_groups(self, lr: float, value_lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Two groups a network."""
@@ -137,7 +160,8 @@ class SeparateCritic:
         }
 
     def shard(self) -> None:
-        """Both networks."""
+        """Both networks; all ranks put weights together in one order, so one network then follows the other."""
+        self._apart = False
         self._shapes = shape_of_module(self.policy), shape_of_module(self.critic)
         shard(self.policy, self.policy.h, forward="states")
         shard(self.critic, self.critic.trunk.h, forward="values")
@@ -154,21 +178,30 @@ class SeparateCritic:
 
     def save(self, folder: Path) -> None:
         """The policy in the folder, the critic beside it, exactly: a model folder would fold its bias."""
-        save_policy(self.policy, folder, **self.special)
-        save_tree(folder / "critic", dict(self.critic.state_dict()))
+        save_learned_policy(self.policy, self.adapters, folder, self.special)
+        save_tree(folder / "critic", learned_state(self.critic))
 
     def load(self, folder: Path) -> None:
         """Both networks."""
-        _take(self.policy, load_policy(folder).state_dict(), folder / WEIGHTS)
-        _take(self.critic, load_tree(folder / "critic"), folder / "critic.safetensors")
+        load_learned_policy(self.policy, self.adapters, folder)
+        take_learned(self.critic, folder / "critic")
 
 
 class SharedCritic:
     """A value head on the policy's trunk: one forward pass, one gradient."""
 
-    def __init__(self, policy: GPT2, *, temperature: float, dtype: torch.dtype, special: dict[str, int]) -> None:
+    def __init__(
+        self,
+        policy: GPT2,
+        *,
+        temperature: float,
+        dtype: torch.dtype,
+        special: dict[str, int],
+        adapters: Adapters | None = None,
+    ) -> None:
         self.policy = policy
         self.head = SharedValueHead(policy)
+        self.adapters = adapters
         self.device = policy.wte.weight.device
         self.dtype = dtype
         self.special = special
@@ -212,38 +245,10 @@ class SharedCritic:
 
     def save(self, folder: Path) -> None:
         """The policy in the folder, the head beside it."""
-        save_policy(self.policy, folder, **self.special)
-        save_tree(folder / "value_head", dict(self.head.state_dict()))
+        save_learned_policy(self.policy, self.adapters, folder, self.special)
+        save_tree(folder / "value_head", learned_state(self.head))
 
     def load(self, folder: Path) -> None:
         """Trunk and head."""
-        _take(self.policy, load_policy(folder).state_dict(), folder / WEIGHTS)
-        _take(self.head, load_tree(folder / "value_head"), folder / "value_head.safetensors")
-
-
-def build_policy_critic(
-    kind: str,
-    policy_folder: Path,
-    critic_folder: Path | None,
-    *,
-    temperature: float,
-    device: str,
-    dtype: torch.dtype,
-    special: dict[str, int],
-    compiled: bool = False,
-) -> PolicyCritic:
-    """Policy and critic from their folders, in float32; without a critic folder the critic starts from the policy."""
-    policy = load_policy(policy_folder, device=device, dtype=torch.float32).eval()
-    if compiled:
-        compile_blocks(policy)
-    if kind == "shared":
-        return SharedCritic(policy, temperature=temperature, dtype=dtype, special=special)
-    assert kind == "separate", kind
-    if critic_folder is not None:
-        critic = load_reward_model(critic_folder, device=device, dtype=torch.float32)
-    else:
-        critic = ValueModel(load_policy(policy_folder, device=device, dtype=torch.float32))
-        nn.init.zeros_(critic.score.weight)
-    if compiled:
-        compile_blocks(critic)
-    return SeparateCritic(policy, critic.eval(), temperature=temperature, dtype=dtype, special=special)
+        load_learned_policy(self.policy, self.adapters, folder)
+        take_learned(self.head, folder / "value_head")

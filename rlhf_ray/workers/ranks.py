@@ -45,6 +45,8 @@ class Meeting:
     size: int
     timeout: float
     """Seconds for all to come, and for each exchange."""
+    name: str = ""
+    """Tells groups apart that meet at one store."""
 
 
 def open_store(host: str) -> dist.TCPStore:
@@ -67,8 +69,8 @@ class Ranks:
     def join(cls, meeting: Meeting, device: torch.device) -> Ranks:
         """Wait for the other ranks, and be one of them from now on: over NCCL on GPUs, over gloo on CPUs."""
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if backend == "gloo" and sys.platform == "linux" and INTERFACE not in os.environ:
-            os.environ[INTERFACE] = _interface_toward(meeting.host, meeting.port)
+        if backend == "gloo":
+            name_interface(meeting)
         timeout = timedelta(seconds=meeting.timeout)
         store = dist.TCPStore(meeting.host, meeting.port, timeout=timeout)
         store.set(f"node {meeting.rank}", socket.gethostname())
@@ -132,6 +134,12 @@ class Ranks:
         if self.size > 1:
             dist.broadcast(x, 0)
         return x
+
+
+def name_interface(meeting: Meeting) -> None:
+    """Have gloo listen where a meeting's store is reached, unless the environment names an interface."""
+    if sys.platform == "linux" and INTERFACE not in os.environ:
+        os.environ[INTERFACE] = _interface_toward(meeting.host, meeting.port)
 
 
 def _interface_toward(host: str, port: int) -> str:

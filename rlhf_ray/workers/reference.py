@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_ray.models.hf_weights import load_policy
 from rlhf_ray.models.scoring import in_micro_batches, policy_logprobs
 from rlhf_ray.types import Rollout, Usage
-from rlhf_ray.workers.meter import Meter
+from rlhf_ray.workers.meter import Meter, give_back
 
 
 class ReferenceWorker:
@@ -26,8 +26,10 @@ class ReferenceWorker:
         dtype: torch.dtype,
         threads: int,
         micro_batch_tokens: int = 0,
+        frozen: str = "float32",
     ) -> None:
-        self.policy = load_policy(folder, device=device, dtype=torch.float32).eval().requires_grad_(False)
+        """``frozen`` is how the weights are kept."""
+        self.policy = load_policy(folder, device=device, frozen=frozen).eval().requires_grad_(False)
         self.temperature = temperature
         self.micro_batch_size = micro_batch_size
         self.micro_batch_tokens = micro_batch_tokens
@@ -43,6 +45,10 @@ class ReferenceWorker:
 
     def _score(self, micro: Rollout) -> Tensor:
         return policy_logprobs(self.policy, micro, temperature=self.temperature, dtype=self.dtype)
+
+    def sleep(self) -> None:
+        """Give back what is kept for the next call."""
+        give_back()
 
     def usage(self) -> Usage:
         """Tokens scored and seconds spent since the last call."""

@@ -11,7 +11,7 @@ from rlhf_ray.config import RewardSource
 from rlhf_ray.config.secrets import redacted
 from rlhf_ray.rewards import REWARDS, RewardContext
 from rlhf_ray.types import Rollout, Usage
-from rlhf_ray.workers.meter import Meter
+from rlhf_ray.workers.meter import Meter, give_back
 
 
 class RewardWorker:
@@ -31,6 +31,10 @@ class RewardWorker:
             for weight, term in self.terms:
                 scores = scores + weight * term(rollout)
             return scores
+
+    def sleep(self) -> None:
+        """Give back what is kept for the next call."""
+        give_back()
 
     def usage(self) -> Usage:
         """Tokens scored and seconds spent since the last call."""

@@ -9,15 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rlhf_ray.config import LoRA
 from rlhf_ray.data.prompt_set import PromptSet
-from rlhf_ray.generation import make_engine
+from rlhf_ray.generation import make_engine, native_problem
 from rlhf_ray.generation.native_engine import NativeEngine
 from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.generation.sampling import Sampling, row_uniforms
+from rlhf_ray.models import GPT2
 from rlhf_ray.models.hf_weights import load_policy
+from rlhf_ray.models.lora import merge_into, merged, published, with_adapters
 from rlhf_ray.tokenizer import Tokenizer
 from rlhf_ray.types import PromptBatch, Rollout, Usage, Weights
-from rlhf_ray.workers.meter import Meter
+from rlhf_ray.workers.direct import Inlet, Notice
+from rlhf_ray.workers.meter import Meter, give_back
+from rlhf_ray.workers.ranks import Meeting
 from rlhf_ray.workers.weights import import_weights
 
 
@@ -44,25 +49,46 @@ class RolloutWorker:
         share: int = 1,
         engine: str = "auto",
         tokenizer: Tokenizer | None = None,
+        lora: LoRA | None = None,
+        frozen: str = "float32",
     ) -> None:
         """0 ``threads`` are its ``share`` of the cores where rows don't depend on it: in the native pass.
 
-        ``tokenizer`` is needed for stop strings alone.
+        ``tokenizer`` is needed for stop strings alone.  With a ``lora`` adapters arrive as weights, and are merged into
+        what the folder holds, rounded as the learner's, ``frozen``, is: by the native engine while it packs, for the
+        other one in a second copy of the adapted layers.
         """
-        self.policy = load_policy(folder, device=device, dtype=dtype).eval().requires_grad_(False)
+        self.policy = _load(folder, device=device, dtype=dtype, lora=lora, frozen=frozen)
+        self.published = published(self.policy)
+        native = engine == "native" or (engine == "auto" and not native_problem(self.policy))
+        self.plain = self.policy if native else merged(self.policy)
         text = None if tokenizer is None else partial(tokenizer.token_bytes, skip_special=False)
-        self.engine = make_engine(self.policy, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows, text=text, kind=engine)
+        self.engine = make_engine(self.plain, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows, text=text, kind=engine)
         self.prompts = prompts
         self.sampling = sampling
         self.seed = seed
         self.pad_id = pad_id
         self.policy_version = -1
+        self.inlet = Inlet(self.policy.wte.weight.device)
         self.meter = Meter(threads or (share if isinstance(self.engine, NativeEngine) else 1))
 
     def update_weights(self, weights: Weights) -> None:
         """Take over a policy; AssertionError when its bytes or its version are not those that were sent."""
-        import_weights(self.policy, weights, threads=self.meter.threads)
+        import_weights(self.published, weights, threads=self.meter.threads)
+        if self.plain is not self.policy:
+            merge_into(self.plain, self.policy)
         self.policy_version = weights.policy_version
+
+    def receive(self, meeting: Meeting) -> None:
+        """Take part in a broadcast of weights; beside other work, which it does not change."""
+        self.inlet.receive(meeting)
+
+    def take(self, notice: Notice) -> bool:
+        """Take over weights that have come directly, checked as `update_weights` does; False where they have not."""
+        with self.inlet.found(notice) as weights:
+            if weights is not None:
+                self.update_weights(weights)
+        return weights is not None
 
     def generate(self, batch: PromptBatch, policy_version: int) -> Rollout:
         """Answer the prompts of some rows; AssertionError when the policy is not the one asked for."""
@@ -84,9 +110,25 @@ class RolloutWorker:
         )
         return replace(rollout, group_ids=torch.from_numpy(batch.group_ids.copy()))
 
+    def sleep(self) -> None:
+        """Give back what the next call makes again: the cache, and what the engine makes of the weights."""
+        self.engine.release()
+        give_back()
+
     def usage(self) -> Usage:
         """Tokens generated and seconds spent since the last call."""
         return self.meter.take()
 
     def __repr__(self) -> str:
         return f"RolloutWorker(version={self.policy_version})"
+
+
+def _load(folder: Path, *, device: str, dtype: torch.dtype, lora: LoRA | None, frozen: str) -> GPT2:
+    """The folder's policy for inference, with new adapters if there is a ``lora``."""
+    if lora is None:
+        return load_policy(folder, device=device, dtype=dtype).eval().requires_grad_(False)
+    if frozen == "float32":
+        base = load_policy(folder, device=device, dtype=dtype)
+    else:
+        base = merged(load_policy(folder, device=device, frozen=frozen)).to(dtype)
+    return with_adapters(base.eval(), lora, seed=0).requires_grad_(False)

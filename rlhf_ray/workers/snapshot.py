@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from rlhf_ray.models.quantised import FrozenEmbedding, FrozenLinear
 from rlhf_ray.workers.sharding import in_host_memory
 
 M = TypeVar("M", bound=nn.Module)
@@ -21,9 +22,11 @@ def shape_of_module(module: M) -> M:
 def copy_of_module(module: M, shape: M) -> M:
     """The module with whole parameters and buffers of its own, on the CPU; its device gets no second copy meanwhile.
 
-    ``shape`` is the module itself, or what it was before it was sharded.
+    What is frozen, which nobody changes, stays the module's.  ``shape`` is the module itself, or what it was before it
+    was sharded.
     """
-    return _twin(shape, [in_host_memory(x) for x in _tensors(module)])
+    frozen = _frozen(module)
+    return _twin(shape, [x if id(x) in frozen else in_host_memory(x) for x in _tensors(module)])
 
 
 def copy_of_state(value: Any) -> Any:
@@ -37,6 +40,13 @@ def copy_of_state(value: Any) -> Any:
     return value
 
 
+def _frozen(module: nn.Module) -> set[int]:
+    """Identities of frozen parameters and of packed weights."""
+    packed = [part for part in module.modules() if isinstance(part, (FrozenLinear, FrozenEmbedding))]
+    fixed = [x for x in module.parameters() if not x.requires_grad]
+    return {id(x) for x in (*fixed, *(buffer for part in packed for buffer in part.buffers()))}
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
@@ -44,7 +54,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 def _twin(shape: M, tensors: Iterable[Tensor]) -> M:
     """The module with other parameters and buffers, in their order."""
     given = {
-        id(old): nn.Parameter(new) if isinstance(old, nn.Parameter) else new
+        id(old): nn.Parameter(new) if isinstance(old, nn.Parameter) and new is not old else new
         for old, new in zip(_tensors(shape), tensors, strict=True)
     }
     return deepcopy(shape, given)

@@ -86,13 +86,13 @@ def test_start_up_by_phase(tmp_path: Path) -> None:
     assert sum(phases) == pytest.approx(ppo["all"]) and ppo["first_step"] > 0
 
 
-def test_publishing_weights_against_tensors(tmp_path: Path) -> None:
+def test_publishing_weights_by_every_way(tmp_path: Path) -> None:
     *steps, float32, bfloat16 = quick("weight_sync.py", tmp_path)["rows"]
     assert all(0 < row[step] < math.inf for row in steps for step in ("flatten", "digest", "copy in"))
     assert float32["MB"] == 2 * bfloat16["MB"] and float32["workers"] == 2
     for row in (float32, bfloat16):
-        assert 0 < row["export"] + row["take over"] < row["ours, whole"]
-    assert_ratios([row["ratio"] for row in (float32, bfloat16)])
+        assert 0 < row["export"] + row["take over"] < row["store, whole"]
+    assert_ratios([row[f"store over {side}"] for row in (float32, bfloat16) for side in ("direct", "tensors")])
 
 
 def test_a_controller_of_sleeping_workers(tmp_path: Path) -> None:
@@ -102,6 +102,26 @@ def test_a_controller_of_sleeping_workers(tmp_path: Path) -> None:
         assert 0 < row["controller, CPU s"] < math.inf
     assert workers["of these nobody computes"] > 0  # nobody sleeps for less than he was asked to
     assert paper["measured"] == workers["controller, CPU s"]
+
+
+def test_host_memory_as_predicted(tmp_path: Path) -> None:
+    (row,) = quick("memory_plan.py", tmp_path)["rows"]
+    assert (row["model"], row["role"]) == ("tiny", "run")  # one process
+    assert row["predicted MB"] == pytest.approx(row["measured MB"], rel=0.25)
+
+
+@pytest.mark.gpu
+def test_a_preset_on_its_card(tmp_path: Path) -> None:
+    (row,) = quick("gpu_memory.py", tmp_path)["rows"]
+    assert row["completed"]
+    assert row["predicted GB"] == pytest.approx(row["measured GB"], rel=0.1)
+
+
+def test_what_watching_costs(tmp_path: Path) -> None:
+    rows = quick("monitoring.py", tmp_path)["rows"]
+    parts = {row["part"]: row["ms a step"] for row in rows}
+    assert {"driver: terminal", "driver: doctor", "writer: samples", "all"} < parts.keys()
+    assert all(cost > 0 for cost in parts.values())
 
 
 def test_a_peer_that_is_not_installed_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from rlhf_ray.run import read_metrics
 
 def pipeline(folder: Path, **changes: Any) -> PipelineConfig:
     """A pipeline of seconds below the folder."""
-    short = {"max_steps": 3, "threads": 1, "eval_every": 0, "save_every": 0, "cache": folder / "cache"}
+    short = {"max_steps": 3, "threads": 1, "eval_every": 0, "save_every": 0, "cache": folder / "cache", "report": False}
     values: dict[str, Any] = {
         "preset": "tiny",
         "checkpoints": folder,
@@ -66,6 +66,7 @@ def test_every_stage_leaves_a_model_that_the_next_one_reads(folder: Path) -> Non
 def test_the_comparison_is_saved(folder: Path) -> None:
     comparison = json.loads((folder / "ppo" / "default" / "evaluation.json").read_text())
     assert "win_rate" in json.dumps(comparison)
+    assert "Evaluation on 6 held-out prompts" in (folder / "ppo" / "default" / "report.html").read_text()
 
 
 def test_what_is_up_to_date_is_skipped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

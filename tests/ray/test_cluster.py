@@ -128,7 +128,7 @@ def test_a_job_takes_along_the_code_alone_and_keeps_its_results_elsewhere(tmp_pa
     """Packed by Ray itself, and run as Ray runs it."""
     package = tmp_path / "package.zip"
     packaging.create_package(str(REPOSITORY), package, include_gitignore=True, excludes=[])
-    assert package.stat().st_size < 1_000_000
+    assert package.stat().st_size < 1_200_000  # our own sources, which Ray does not compress, and nothing else
     with zipfile.ZipFile(package) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         archive.extractall(tmp_path / "runtime_resources")

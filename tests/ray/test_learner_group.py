@@ -113,6 +113,17 @@ def learn(crew: Crew, judged: Judged, config: PPOConfig, *, steps: int) -> list[
     return history
 
 
+def learn_from_a_bad_row(crew: Crew, judged: Judged, config: PPOConfig) -> dict[str, float]:
+    """Metrics of a step in which one row, and so one rank, has a return that is not a number."""
+    group = LearnerGroup(crew)
+    judged = replace(judged, evaluation=gather(group.evaluate(Shards((Done(judged.rollout),)))))
+    experience, _ = credit(config.ppo, judged, config.kl.coef)
+    assert experience.returns is not None
+    returns = experience.returns.clone()
+    returns[0] = float("nan")
+    return group.update(replace(experience, returns=returns)).result()
+
+
 def agree(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys()
@@ -140,6 +151,8 @@ def test_any_ranks_sharding_and_micro_batches_learn_the_same_and_read_each_other
     wanted = learn(alone, judged, config, steps=3)
     parameters = alone.call("parameters").result()
     onward = learn(alone, judged, config, steps=1)
+    skipping = learn_from_a_bad_row(alone, judged, config)
+    assert (skipping["update/skipped"], skipping["policy/optimiser_steps"]) == (2, 4)
     for sharding, crew in crews.items():
         for rows in (1, 2, 12):
             LearnerGroup(crew).load(start)
@@ -156,6 +169,7 @@ def test_any_ranks_sharding_and_micro_batches_learn_the_same_and_read_each_other
         assert abs(weights.buffer - own.buffer).max() <= 1e-6
         tokens = int(judged.rollout.attention_mask.sum())
         assert crew.usage().tokens == 10 * (1 + config.ppo.epochs) * tokens  # 10 steps, each rank's rows counted once
+        agree([learn_from_a_bad_row(crew, judged, config)], [skipping])  # both ranks skip, or they would wait for ever
     whole, part = (crew.call("held").result() for crew in crews.values())
     assert whole / 2 <= part < 0.6 * whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 from worlds import make_world, ppo_config
 
 from rlhf_ray import app
-from rlhf_ray.config import PPOConfig
+from rlhf_ray.config import Memory, PPOConfig
 from rlhf_ray.run import read_metrics
 from rlhf_ray.runtime import cluster
 
@@ -35,30 +36,51 @@ def numbers(config: PPOConfig) -> list[dict[str, Any]]:
 
 
 def test_any_number_of_rollout_workers_gives_the_same_rows_and_metrics(world: Path) -> None:
+    changes: dict[str, Any] = {"total_steps": 2, "probes": 3}
     runs = [
-        ppo_config(world, run=f"workers-{n}", num_rollout_workers=n, num_reference_workers=max(n, 1), total_steps=2)
+        ppo_config(world, run=f"workers-{n}", num_rollout_workers=n, num_reference_workers=max(n, 1), **changes)
         for n in (0, 1, 2)
     ]
+    saver = {"activation_checkpointing": True, "sleep": True, "offload_optimizer": True}
+    runs[-1] = runs[-1].model_copy(update={"memory": Memory(**saver)})  # which changes no number
     for config in runs:
         app.train_ppo(config)
     alone, *others = runs
     assert [row["step"] for row in numbers(alone)] == [1, 2]
     for config in others:
         assert numbers(config) == numbers(alone)
-        for file in sorted((app.run_folder(alone) / "samples").iterdir()):
-            table = pyarrow.parquet.read_table(file)
-            assert table.num_rows == 12
-            assert pyarrow.parquet.read_table(app.run_folder(config) / "samples" / file.name).equals(table)
+        for kind, count in (("samples", 12), ("probes", 3)):
+            for file in sorted((app.run_folder(alone) / kind).iterdir()):
+                table = pyarrow.parquet.read_table(file)
+                assert table.num_rows == count
+                assert pyarrow.parquet.read_table(app.run_folder(config) / kind / file.name).equals(table)
         for row in read_metrics(app.run_folder(config)):
             for role in ("generator", "reward", "reference", "learner"):
                 assert row[f"perf/tokens_per_second/{role}"] > 0
+        memory = json.loads((app.run_folder(config) / "memory.json").read_text(encoding="utf-8"))["roles"]
+        assert memory["rollout"]["processes"] == config.num_rollout_workers
+        for role in ("rollout", "reward", "reference", "learner"):
+            assert memory[role]["predicted"] == pytest.approx(memory[role]["measured"], rel=0.25), role
+
+
+def test_adapters_give_the_same_on_two_workers_and_begin_without_kl(world: Path) -> None:
+    """Their learner is the reference too; workers are sent adapters, and merge them."""
+    alone, both = (
+        ppo_config(world, run=f"lora-{n}", num_rollout_workers=n, total_steps=2, lora={"rank": 4}) for n in (0, 2)
+    )
+    for config in (alone, both):
+        app.train_ppo(config)
+    assert numbers(both) == numbers(alone)
+    assert [row["objective/kl"] == 0.0 for row in numbers(both)] == [True, False]
+    adapter = Path("step_000002", "adapter", "adapter_model.safetensors")
+    assert (app.run_folder(both) / adapter).read_bytes() == (app.run_folder(alone) / adapter).read_bytes()
 
 
 def test_generating_ahead_gives_the_same_on_any_number_of_workers_and_after_a_resume(world: Path) -> None:
-    """With two workers from the start, and with one that takes up what the two left in mid-run."""
+    """With two workers from the start, to which weights are broadcast, and with one that takes up what they left."""
     changes: dict[str, Any] = {"max_staleness": 1, "total_steps": 4, "keep": 9}
     alone = ppo_config(world, run="ahead-0", **changes)
-    both = ppo_config(world, run="ahead-2", num_rollout_workers=2, **changes)
+    both = ppo_config(world, run="ahead-2", num_rollout_workers=2, weight_sync="direct", **changes)
     for config in (alone, both):
         app.train_ppo(config)
     assert [row["staleness/mean"] for row in numbers(alone)] == [0.0, 1.0, 1.0, 1.0]
@@ -67,14 +89,15 @@ def test_generating_ahead_gives_the_same_on_any_number_of_workers_and_after_a_re
     for step in (3, 4):
         shutil.rmtree(folder / f"step_00000{step}")
     app.train_ppo(both.model_copy(update={"num_rollout_workers": 1}))
-    assert "going on from" in (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text()
+    assert "going on from" in log and "through the store" not in log
     assert numbers(both) == numbers(alone)
     for file in sorted(app.run_folder(alone).glob("step_000004/*.safetensors")):
         assert (folder / "step_000004" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_more_workers_than_there_are_resources_is_refused_before_any_starts(world: Path) -> None:
-    config = ppo_config(world, run="many", num_rollout_workers=1000)
+    config = ppo_config(world, run="many", num_rollout_workers=1000, host_memory="1000GB")
     cluster.connect(need={})  # the time to start Ray itself is not counted
     before = time.monotonic()
     with pytest.raises(ValueError, match=r"the cluster can't give 250\.3 CPU \(there are \d+\); ask for fewer"):

@@ -7,31 +7,32 @@ import weakref
 from concurrent.futures import Future
 from functools import partial
 from queue import SimpleQueue
+from typing import Any
 
 from rlhf_ray.runtime.dispatch import Dispatcher, Job
 
 
-def job(method: str) -> Job:
-    return Job(method=method, arguments=(), given=None, what=method)
+def job(method: str, **more: Any) -> Job:
+    return Job(method=method, arguments=(), given=None, what=method, **more)
 
 
 class Desk:
-    """A dispatcher, and what it has begun: (rank, method) in order."""
+    """A dispatcher, and what it has begun: (rank, methods) in order."""
 
     def __init__(self, size: int) -> None:
         self.begun: SimpleQueue[tuple[int, str]] = SimpleQueue()
         self.looks: SimpleQueue[None] = SimpleQueue()
-        start = lambda rank, job: self.begun.put((rank, job.method))  # noqa: E731
-        self.dispatcher = Dispatcher(start, lambda: self.looks.put(None), name="test")
+        start = lambda rank, jobs: self.begun.put((rank, "".join(job.method for job in jobs)))  # noqa: E731
+        self.dispatcher = Dispatcher(start, lambda: self.looks.put(None), name="test", size=size)
         for rank in range(size):
             self.free(rank)
 
     def free(self, rank: int) -> None:
         self.dispatcher.post(partial(self.dispatcher.free, rank))
 
-    def submit(self, *methods: str, needs: tuple[Future[None], ...] = ()) -> None:
+    def submit(self, *methods: str, needs: tuple[Future[None], ...] = (), **more: Any) -> None:
         for method in methods:
-            self.dispatcher.submit(job(method), needs)
+            self.dispatcher.submit(job(method, **more), needs)
 
     def next(self) -> tuple[int, str]:
         return self.begun.get(timeout=30)
@@ -65,6 +66,27 @@ def test_a_job_waits_for_what_it_needs_and_others_pass_it() -> None:
     assert desk.next() == (0, "late")
     desk.free(0)
     assert desk.next() == (0, "later")
+    desk.dispatcher.stop()
+
+
+def test_joined_jobs_that_are_ready_together_go_together_a_workers_share_at_a_time() -> None:
+    desk = Desk(2)
+    first: Future[None] = Future()
+    desk.submit(*"aaaaaaaab", needs=(first,), joined=True)
+    desk.submit(*"aa", joined=True)
+    assert [desk.next(), desk.next()] == [(0, "a"), (1, "a")]  # how long they take is not known yet
+    desk.dispatcher.carry_out(lambda: desk.dispatcher.took([job("a", joined=True)], 1.0, limit=16.0))
+    desk.dispatcher.carry_out(lambda: first.set_result(None))
+    for methods in ("aaaa", "aaa", "a", "b"):  # a quarter of the limit, half of those that are left, those of a method
+        desk.free(0)
+        assert desk.next() == (0, methods)
+    desk.submit(*"cc")
+    desk.submit(*"cc", joined=True, course=1)
+    desk.submit(*"cc", joined=True, course=2)
+    desk.dispatcher.post(lambda: desk.dispatcher.again(job("d", joined=True), job("d", joined=True)))
+    for methods in ("d", "d", "c", "c", "cc", "c", "c"):
+        desk.free(0)
+        assert desk.next() == (0, methods)
     desk.dispatcher.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,24 +139,32 @@ def test_experience_of_other_weights_is_refused_before_anything_is_learned(world
     assert fresh["val/first_ratio_error"] < 1e-5
 
 
-def test_old_logprobs_that_are_not_numbers_are_refused(world: Path) -> None:
-    workers = Workers.build(ppo_config(world))
-    experience = workers.experience()
-    old_logprobs = experience.old_logprobs.clone()
-    old_logprobs[experience.rollout.response_mask] = float("nan")
-    with pytest.raises(ValueError, match="ratio is nan away from one"):
-        workers.learner.update(replace(experience, old_logprobs=old_logprobs))
+def test_policy_and_critic_on_a_thread_each_learn_what_one_thread_would(world: Path) -> None:
+    one, two = (Workers.build(ppo_config(world, learner_threads=threads)) for threads in (1, 2))
+    experience = one.experience()
+    again, values = two.learner.evaluate(experience.rollout), experience.values
+    assert torch.equal(again.old_logprobs, experience.old_logprobs) and values is not None
+    assert again.values is not None and torch.equal(again.values, values)
+    assert one.learner.update(experience) == two.learner.update(experience)
+    assert torch.equal(policy_weights(one), policy_weights(two))
 
 
-def test_a_gradient_that_is_not_finite_is_refused_and_the_weights_stay(world: Path) -> None:
-    workers = Workers.build(ppo_config(world))
+@pytest.mark.parametrize("field", ["old_logprobs", "returns"])
+def test_mini_batches_whose_loss_is_not_finite_never_reach_the_optimiser(world: Path, field: str) -> None:
+    workers = Workers.build(ppo_config(world, ppo={"epochs": 1}))
     experience = workers.experience()
+    values = getattr(experience, field).clone()
     before = policy_weights(workers)
-    returns = experience.returns
-    assert returns is not None
-    with pytest.raises(ValueError, match="step 0: the gradient is not finite"):
-        workers.learner.update(replace(experience, returns=returns * float("inf")))
-    assert torch.equal(policy_weights(workers), before)
+    bad = replace(experience, **{field: torch.full_like(values, float("nan"))})
+    metrics = workers.learner.update(bad)
+    assert (metrics["update/skipped"], metrics["policy/optimiser_steps"]) == (2, 0)
+    assert torch.equal(policy_weights(workers), before) and not workers.learner.optimiser.state
+    workers.learner.step = 0
+    values[0] = float("nan")  # a row of one of the two mini-batches
+    metrics = workers.learner.update(replace(experience, **{field: values}))
+    assert (metrics["update/skipped"], metrics["policy/optimiser_steps"]) == (1, 1)
+    assert all(map(math.isfinite, metrics.values()))
+    assert policy_weights(workers).isfinite().all() and not torch.equal(policy_weights(workers), before)
 
 
 def test_the_learning_rate_falls_in_a_line_from_the_first_update_to_the_last(world: Path) -> None:

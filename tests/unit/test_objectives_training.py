@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import signal
 import threading
@@ -26,7 +27,8 @@ from rlhf_ray.run import read_metrics
 from rlhf_ray.runtime import train as runtime
 from rlhf_ray.runtime.train_batches import BatchOrder
 from rlhf_ray.runtime.train_loop import TrainLoop
-from rlhf_ray.runtime.train_optimiser import learning_rate, make_optimiser
+from rlhf_ray.runtime.train_optimiser import apply_gradients, learning_rate, make_optimiser
+from rlhf_ray.runtime.train_window import Window
 
 
 @pytest.fixture
@@ -228,6 +230,20 @@ def test_only_matrices_decay() -> None:
     assert {id(p) for p in decayed["params"]} == {id(model["wte"].weight), id(model["c_fc"].weight)}
     assert {id(p) for p in others["params"]} == {id(model["wpe"].weight), id(model["c_fc"].bias)}
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted() -> None:
+    model, window = nn.Linear(2, 1), Window()
+    optimiser = make_optimiser(model, Optimiser())
+    for loss, scale in ((1.0, 1.0), (2.0, math.nan), (math.inf, 1.0)):
+        before = model.weight.detach().clone()
+        (model(torch.ones(1, 2)).sum() * scale).backward()
+        norm = apply_gradients(optimiser, torch.tensor(loss), lr=0.1, max_grad_norm=1.0)
+        window.add(torch.tensor(loss), norm, tokens=1, seconds=1.0, waited=0.0)
+        assert torch.equal(before, model.weight) == (not math.isfinite(loss * scale)) and model.weight.grad is None
+    assert window.skipped_at_last(2) and not window.skipped_at_last(3)
+    metrics = window.take()
+    assert (metrics["loss"], metrics["update/skipped"]) == (1.0, 2.0)
 
 
 def test_learning_rate_follows_the_schedule() -> None:

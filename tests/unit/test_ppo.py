@@ -49,7 +49,7 @@ def test_at_step_0_the_kl_is_zero_and_the_reward_is_the_score_at_the_last_token(
     rewards[rows, last] = 0
     assert rewards.abs().max() < 1e-7
     assert judged.scores.abs().min() > 1e-3
-    ppo.check_first_kl(judged, "float32")
+    ppo.check_first_kl(judged, 1e-3)
 
 
 def test_the_learner_sees_what_the_generator_saw(world: Path) -> None:
@@ -131,7 +131,9 @@ def test_a_reference_that_is_another_policy_is_refused_and_nothing_is_trained(wo
     before = policy_weights(workers)
     with Run.open(tmp_path / "run", {}, resume=True) as run:
         rl_run = RLRun(run, config, roles, learner, inputs.tokenizer, inputs.prompts)
-        with pytest.raises(ValueError, match=r"policy and reference differ by .* nats in a sequence, which must be 0"):
+        with pytest.raises(
+            ValueError, match=r"policy and reference differ by .* nats in a sequence \(allowed: 0\.001\)"
+        ):
             ppo.train(config, roles, rl_run)
     assert torch.equal(policy_weights(workers), before)
     assert workers.learner.step == 0
@@ -143,7 +145,7 @@ def test_a_kl_that_is_not_a_number_is_refused(world: Path) -> None:
     workers = Workers.build(ppo_config(world))
     judged = workers.judge(workers.generate())
     with pytest.raises(ValueError, match="differ by nan nats"):
-        ppo.check_first_kl(replace(judged, ref_logprobs=judged.ref_logprobs * float("nan")), "float32")
+        ppo.check_first_kl(replace(judged, ref_logprobs=judged.ref_logprobs * float("nan")), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -98,7 +98,7 @@ def test_samples_hold_what_was_said_and_thought_of_it(undisturbed: PPOConfig) ->
     assert sum(row["score"] for row in rows) / 12 == pytest.approx(metrics["objective/scores"], abs=1e-6)
     assert sum(row["kl"] for row in rows) / 12 == pytest.approx(metrics["objective/kl"], abs=1e-6)
     for row in rows:
-        assert row["step"] == 2 and row["policy_version"] == 1
+        assert row["step"] == 2 and row["policy_version"] == 1 and row["pick"] in ("best", "worst", "random")
         assert row["prompt"].startswith("<|bos|><|user|>") and row["prompt"].endswith("<|assistant|>")
         assert ("<|eos|>" in row["response"]) == row["response"].endswith("<|eos|>")
     ended = sum(row["response"].endswith("<|eos|>") for row in rows)
