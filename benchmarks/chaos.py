@@ -2,11 +2,15 @@
 
     python benchmarks/chaos.py --minutes 5 --json chaos.json
 
-Parts are rollout, reward, reference and learner workers (kill -9; SIGSTOP now and then for all but the learner) and the
-second machine (kill -9 of its raylet; another one joins later).  Half of the workers are hit in the middle of a call,
-half at any time.  Drawn from are the parts that were hit least often, of those that may be hit.  Both runs are
-``launch/ppo.py`` with random models on a cluster of this script's own, and must end with the same metrics (but for
-time/ and perf/), TensorBoard events, samples and files of the last checkpoint; otherwise the exit code is 1.
+    python benchmarks/chaos.py --minutes 2 --num-learners 2 --stop-learner --timeout 45
+
+Parts are rollout, reward, reference and learner workers (kill -9, now and then SIGSTOP) and the second machine (kill -9
+of its raylet; another one joins later).  A learner is one worker or one of several ranks, which all begin anew when one
+of them is hit; it is stopped only when that is asked for, as it counts as hung after ``--timeout`` alone.  Half of the
+workers are hit in the middle of a call, half at any time.  Drawn from are the parts that were hit least often, of those
+that may be hit.  Both runs are ``launch/ppo.py`` with random models on a cluster of this script's own, and must end
+with the same metrics (but for time/ and perf/), TensorBoard events, samples and files of the last checkpoint; otherwise
+the exit code is 1.
 
 A replacement works again once its process is seen in the middle of a call.  Values lie in the machines' object stores,
 however small they are, and a machine is taken for dead after 3 s without an answer.
@@ -59,12 +63,13 @@ def world(folder: Path, options: argparse.Namespace) -> Path:
     batch = options.batch
     settings = {
         "num_rollout_workers": options.workers,
+        "num_learners": options.num_learners,
         "labels": {"rollout": ["machine=second"]},
         "batch_size": batch,
         "total_steps": options.steps,
         "max_staleness": 1,
         "save_every": options.save_every,
-        "timeout": 120.0,
+        "timeout": options.timeout,
         "call_timeout": options.call_timeout,
         "max_restarts": 1000,
         "kl": {"adaptive": True, "target": 0.5, "horizon": 2000},
@@ -109,6 +114,7 @@ def disturbed(options: argparse.Namespace, config: Path, cluster: Cluster) -> tu
     rhythm = Rhythm(
         pause=tuple(options.pause),
         learner=options.learner_every,
+        stops_learner=options.stop_learner,
         machine=options.raylet_every,
         down=options.raylet_down,
     )
@@ -167,6 +173,9 @@ def read_options() -> argparse.Namespace:
     options_of.add_argument("--seed", type=int, default=0, help="of who is hit and when")
     options_of.add_argument("--pause", type=numbers, default=[4, 12], help="seconds between two hits, evenly drawn")
     options_of.add_argument("--learner-every", type=float, default=40.0, help="seconds between two of the learner")
+    options_of.add_argument("--num-learners", type=int, default=1, help="ranks of the learner")
+    options_of.add_argument("--stop-learner", action="store_true", help="every other hit on the learner is a SIGSTOP")
+    options_of.add_argument("--timeout", type=float, default=120.0, help="seconds of a learner's call, and of a start")
     options_of.add_argument("--raylet-every", type=float, default=70.0, help="seconds between two of the machine")
     options_of.add_argument("--raylet-down", type=float, default=12.0, help="seconds before another machine joins")
     options_of.add_argument("--call-timeout", type=float, default=10.0, help="seconds after which one counts as hung")

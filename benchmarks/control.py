@@ -174,7 +174,7 @@ def measure_workers(report: Report) -> dict[int, Point]:
             {
                 "workers": n,
                 "rows": point.rows,
-                "calls": 4 * int(point.terms[1]),
+                "shards": int(point.terms[1]),
                 "s a step": point.wall,
                 "of these nobody computes": point.wall - least,
                 "controller, CPU s": point.controller,
@@ -248,7 +248,7 @@ def extrapolate(report: Report, points: list[Point], measured: dict[int, Point])
                     "measured": found,
                     "of the step, %": 100 * said / size.wall,
                     "gathered, MB": size.terms[2] * BYTES / 1e6,
-                    "calls/s": 4 * size.terms[1] / size.wall,
+                    "shards/s": size.terms[1] / size.wall,
                 }
             )
     a, b, c = model * (1e3, 1e3, 1e9)

@@ -27,7 +27,7 @@ from rlhf_ray.tokenizer.vocabulary import BASE_TOKENS, Vocabulary
 from rlhf_ray.types import Message
 
 SIZES = tuple(name for name in PRESETS if name in ("tiny", "mini_xl", "small"))
-VOCABULARIES = {"tiny": 4103, "mini_xl": 50264, "small": 50264}
+VOCABULARIES = {"tiny": 4103, **dict.fromkeys(("mini_xl", "small", "medium", "large", "xl"), 50264)}
 """Tokens with the special ones, as the shipped configurations have them."""
 NEVER = -40.0
 """An EOS logit that is never drawn."""

@@ -21,7 +21,9 @@ from ray.cluster_utils import Cluster
 from rlhf_ray.rundir.metrics import FILE_NAME
 from tests.hunting import descendants, title
 
-WORKERS = ("rollout", "reward", "reference", "learner")
+LEARNER = "learner"
+"""One or several ranks, of which none lives on when one of them dies."""
+WORKERS = ("rollout", "reward", "reference", LEARNER)
 MACHINE = "raylet"
 PARTS = (*WORKERS, MACHINE)
 SHARE_STOPPED = 0.25
@@ -40,6 +42,8 @@ class Rhythm:
     """The least and the most between any two."""
     learner: float
     """Between two hits on the learner, at least."""
+    stops_learner: bool
+    """Whether every other one of these is a SIGSTOP."""
     machine: float
     """The same for the second machine."""
     down: float
@@ -180,7 +184,7 @@ class Striker:
         """Parts that are there and have had their rest, those that were hit least often."""
         now = time.monotonic()
         last = {strike.part: strike.at for strike in self.strikes}
-        rest = {"learner": self.rhythm.learner, MACHINE: self.rhythm.machine}
+        rest = {LEARNER: self.rhythm.learner, MACHINE: self.rhythm.machine}
         there = {*self._watch.workers.values(), *([MACHINE] if self.cluster.worker_nodes else [])}
         able = [part for part in PARTS if part in there and now - last.get(part, 0.0) >= rest.get(part, 0.0)]
         often = Counter(strike.part for strike in self.strikes)
@@ -195,11 +199,16 @@ class Striker:
             return  # it has gone by itself, with the run
         pid = self._draw.choice(pids)
         method = self._wait_for_call(pid, part) if self._draw.random() < 0.5 else None
-        stops = part != "learner" and self._draw.random() < SHARE_STOPPED
-        number = SIGSTOP if stops else SIGKILL
+        number = SIGSTOP if self._stops(part) else SIGKILL
         with suppress(ProcessLookupError):  # so has this one
             os.kill(pid, number)
-            self._note(part, number, method, {pid: part})
+            self._note(part, number, method, dict.fromkeys(pids if part == LEARNER else [pid], part))
+
+    def _stops(self, part: str) -> bool:
+        """Whether a worker of this role is to hang rather than to die."""
+        if part == LEARNER:
+            return self.rhythm.stops_learner and sum(strike.part == part for strike in self.strikes) % 2 == 1
+        return self._draw.random() < SHARE_STOPPED
 
     def _wait_for_call(self, pid: int, part: str) -> str | None:
         until = time.monotonic() + CALL_SECONDS
@@ -227,4 +236,4 @@ class Striker:
 
     def _took_back(self, steps: int) -> None:
         """The learner's last death did it."""
-        next(strike for strike in reversed(self.strikes) if strike.part == "learner").steps += steps
+        next(strike for strike in reversed(self.strikes) if strike.part == LEARNER).steps += steps
