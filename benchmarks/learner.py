@@ -21,6 +21,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 from side_by_side import Report, Row, parser, run_program, seconds, shrink, words  # isort: skip
 import torch
@@ -29,14 +32,15 @@ from machine import DTYPES, device, measure_limits, synchronise
 from random_models import SIZES, VOCABULARIES
 from torch import Tensor
 
-from rlhf_ray.config import PPO
+from rlhf_ray.config import PPO, LoRA
 from rlhf_ray.models import GPT2, ValueModel, preset
 from rlhf_ray.models.layout import Layout
 from rlhf_ray.models.scoring import autocast, compute_type
 from rlhf_ray.ops.logprobs import before, weighted_nll_sum
 from rlhf_ray.types import Experience, Rollout
+from rlhf_ray.workers.build_learner import build_policy_critic
 from rlhf_ray.workers.learner import LearnerWorker
-from rlhf_ray.workers.policy_critic import SeparateCritic
+from rlhf_ray.workers.policy_critic import PolicyCritic, SeparateCritic
 
 
 def random_rollout(options: argparse.Namespace) -> Rollout:
@@ -66,6 +70,13 @@ def make_learner(options: argparse.Namespace) -> LearnerWorker:
         return SeparateCritic(policy, ValueModel(critic), temperature=1.0, dtype=DTYPES[options.dtype], special={})
 
     ppo = PPO(epochs=options.epochs, mini_batch_size=options.mini, micro_batch_size=options.micro)
+    return worker(build, ppo, options)
+
+
+def worker(
+    build: Callable[[], PolicyCritic], ppo: PPO, options: argparse.Namespace, *, bits: int = 32
+) -> LearnerWorker:
+    """A learner of a long run."""
     return LearnerWorker(
         build,
         ppo,
@@ -74,6 +85,41 @@ def make_learner(options: argparse.Namespace) -> LearnerWorker:
         response_length=options.response,
         rollout_dtype=torch.float32,
         threads=options.threads,
+        optimizer_bits=bits,
+    )
+
+
+def open_pair(
+    folder: Path, *, rank: int = 0, frozen: str = "float32", checkpointing: bool = False
+) -> Callable[[], PolicyCritic]:
+    """What opens ``policy/`` and a critic made of ``reward/``, with these savers."""
+    return partial(
+        build_policy_critic,
+        "separate",
+        folder / "policy",
+        folder / "reward",
+        temperature=1.0,
+        device=str(device()),
+        dtype=torch.float32,
+        special={},
+        compiled=False,
+        checkpointing=checkpointing,
+        lora=LoRA(rank=rank),
+        frozen=frozen,
+        seed=0,
+    )
+
+
+def made_up_experience(learner: LearnerWorker, rollout: Rollout) -> Experience:
+    """Rows as the learner sees them, with advantages at random."""
+    found = learner.evaluate(rollout)
+    assert found.values is not None
+    return Experience(
+        rollout=rollout,
+        old_logprobs=found.old_logprobs,
+        advantages=torch.randn_like(found.values),
+        values=found.values,
+        returns=found.values + rollout.response_mask,
     )
 
 
@@ -95,17 +141,9 @@ def measure_update(options: argparse.Namespace) -> Row:
     for _ in range(options.repetitions + 1):
         peaks.append(measure_limits([options.dtype], quick=options.quick).flops[options.dtype])
         start = time.perf_counter()
-        found = learner.evaluate(rollout)
+        experience = made_up_experience(learner, rollout)
         synchronise()
         evaluating.append(time.perf_counter() - start)
-        assert found.values is not None
-        experience = Experience(
-            rollout=rollout,
-            old_logprobs=found.old_logprobs,
-            advantages=torch.randn_like(found.values),
-            values=found.values,
-            returns=found.values + rollout.response_mask,
-        )
         updating.append(seconds(lambda experience=experience: learner.update(experience)))  # type: ignore[misc]
     peaks.append(measure_limits([options.dtype], quick=options.quick).flops[options.dtype])
     evaluate_s, update_s, peak = (statistics.median(x[1:]) for x in (evaluating, updating, peaks))

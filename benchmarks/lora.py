@@ -16,77 +16,29 @@ import json
 import statistics
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from side_by_side import Report, Row, parser, run_program, seconds, shrink  # isort: skip
 import torch
-from learner import peak_mb, random_rollout
-from machine import device
-from random_models import SIZES, VOCABULARIES
+from learner import made_up_experience, open_pair, peak_mb, random_rollout, worker
+from random_models import SIZES, write_models
 
-from rlhf_ray.config import PPO, LoRA
-from rlhf_ray.models import GPT2, ValueModel, preset
-from rlhf_ray.models.hf_weights import save_policy, save_reward_model
-from rlhf_ray.types import Experience
-from rlhf_ray.workers.build_learner import build_policy_critic
-from rlhf_ray.workers.learner import LearnerWorker
+from rlhf_ray.config import PPO
 
 SIDES = {"every weight": None, "adapters": "float32", "adapters over int8": "int8"}
 """How the weights under the adapters are kept, where there are any."""
 
 
-def write_models(options: argparse.Namespace) -> None:
-    """A policy and a reward model with random weights."""
-    model = GPT2(preset(options.size, VOCABULARIES[options.size]))
-    special = {"pad_id": 0, "bos_id": 0, "eos_id": 0}
-    save_policy(model, options.folder / "policy", **special)
-    save_reward_model(ValueModel(model), options.folder / "critic", **special)
-
-
-def make_learner(options: argparse.Namespace) -> LearnerWorker:
-    """Policy and critic from their folders."""
-    frozen = SIDES[options.side]
-    return LearnerWorker(
-        partial(
-            build_policy_critic,
-            "separate",
-            options.folder / "policy",
-            options.folder / "critic",
-            temperature=1.0,
-            device=str(device()),
-            dtype=torch.float32,
-            special={},
-            compiled=False,
-            checkpointing=False,
-            lora=LoRA(rank=options.rank if frozen else 0),
-            frozen=frozen or "float32",
-            seed=0,
-        ),
-        PPO(epochs=1, mini_batch_size=options.rows, micro_batch_size=options.micro),
-        seed=0,
-        total_steps=100,
-        response_length=options.response,
-        rollout_dtype=torch.float32,
-        threads=options.threads,
-    )
-
-
 def measure(options: argparse.Namespace) -> Row:
     """One side: the median update after one that is not counted, and the largest memory so far."""
     program = peak_mb()
-    learner, rollout = make_learner(options), random_rollout(options)
+    frozen = SIDES[options.side]
+    ppo = PPO(epochs=1, mini_batch_size=options.rows, micro_batch_size=options.micro)
+    pair = open_pair(options.folder, rank=options.rank, frozen=frozen) if frozen else open_pair(options.folder)
+    learner, rollout = worker(pair, ppo, options), random_rollout(options)
     updating = []
     for _ in range(options.repetitions + 1):
-        found = learner.evaluate(rollout)
-        assert found.values is not None
-        experience = Experience(
-            rollout=rollout,
-            old_logprobs=found.old_logprobs,
-            advantages=torch.randn_like(found.values),
-            values=found.values,
-            returns=found.values + rollout.response_mask,
-        )
+        experience = made_up_experience(learner, rollout)
         updating.append(seconds(lambda experience=experience: learner.update(experience)))  # type: ignore[misc]
     weights = learner.weights(1)
     assert weights is not None
@@ -122,7 +74,7 @@ def main() -> None:
     passed = ("size", "rank", "rows", "micro", "prompt", "response", "threads", "repetitions", "folder")
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
-        write_models(options)
+        write_models(options.folder, options.size)
         flags = [f"--{name}={getattr(options, name)}" for name in passed]
         rows = [run_program([sys.executable, __file__, f"--side={side}", *flags]).line for side in SIDES]
     shape = f"{options.rows} x ({options.prompt} + {options.response}) tokens, {options.micro} rows a pass"

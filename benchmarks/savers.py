@@ -22,15 +22,12 @@ from typing import Any
 from side_by_side import Report, Row, parser, run_program, seconds, shrink  # isort: skip
 import numpy as np
 import torch
-from learner import random_rollout
+from learner import made_up_experience, open_pair, random_rollout, worker
 from machine import device
 from random_models import SIZES, random_engine, random_prompts, write_models
 
-from rlhf_ray.config import PPO, LoRA
+from rlhf_ray.config import PPO
 from rlhf_ray.generation import Sampling
-from rlhf_ray.types import Experience
-from rlhf_ray.workers.build_learner import build_policy_critic
-from rlhf_ray.workers.learner import LearnerWorker
 from rlhf_ray.workers.meter import give_back, peak_memory
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -44,50 +41,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 MIB = 2**20
 
 
-def make_learner(options: argparse.Namespace, setting: dict[str, Any]) -> LearnerWorker:
-    """Policy and critic from the folders, with the setting's savers."""
-
-    def build() -> Any:
-        return build_policy_critic(
-            "separate",
-            options.folder / "policy",
-            options.folder / "reward",
-            temperature=1.0,
-            device=str(device()),
-            dtype=torch.float32,
-            special={},
-            compiled=False,
-            checkpointing=setting.get("checkpointing", False),
-            lora=LoRA(rank=setting.get("rank", 0)),
-            frozen=setting.get("frozen", "float32"),
-            seed=0,
-        )
-
-    ppo = PPO(epochs=1, mini_batch_size=options.rows // 2, micro_batch_size=options.micro)
-    return LearnerWorker(
-        build,
-        ppo,
-        seed=0,
-        total_steps=100,
-        response_length=options.response,
-        rollout_dtype=torch.float32,
-        threads=options.threads,
-        optimizer_bits=setting.get("bits", 32),
-    )
-
-
 def measure_learner(options: argparse.Namespace) -> Row:
     """Peak and seconds of two optimiser steps."""
-    learner, rollout = make_learner(options, SETTINGS[options.setting]), random_rollout(options)
-    found = learner.evaluate(rollout)
-    assert found.values is not None
-    experience = Experience(
-        rollout=rollout,
-        old_logprobs=found.old_logprobs,
-        advantages=torch.randn_like(found.values),
-        values=found.values,
-        returns=found.values + rollout.response_mask,
-    )
+    setting = dict(SETTINGS[options.setting])
+    bits = setting.pop("bits", 32)
+    ppo = PPO(epochs=1, mini_batch_size=options.rows // 2, micro_batch_size=options.micro)
+    learner = worker(open_pair(options.folder, **setting), ppo, options, bits=bits)
+    experience = made_up_experience(learner, random_rollout(options))
     took = seconds(lambda: learner.update(experience))
     return {"savers": options.setting, "peak MB": peak_memory() / MIB, "s": took}
 

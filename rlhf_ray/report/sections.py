@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_ray.config import Config, PPOConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from rlhf_ray.doctor import Finding, diagnose
 from rlhf_ray.report.record import RunRecord
-from rlhf_ray.report.text import duration, escape, flat, number, percent, rows
+from rlhf_ray.report.text import duration, escape, number, percent, rows, settings_of
 
 CONFIGS: dict[str, type[Config]] = {
     "ppo": PPOConfig,
@@ -156,8 +156,8 @@ def configuration(records: Sequence[RunRecord]) -> str:
     """What differs from the defaults, or among the runs; then everything, folded."""
     if len(records) > 1:
         return _differences(records)
-    settings = flat(records[0].config)
-    defaults = flat(CONFIGS[records[0].stage]().resolved())
+    settings = settings_of(records[0].config)
+    defaults = settings_of(CONFIGS[records[0].stage]().resolved())
     changed = [(n, v, defaults.get(n, "")) for n, v in settings.items() if n in defaults and v != defaults[n]]
     table = rows([[escape(cell) for cell in line] for line in changed], head=["", "this run", "default"])
     everything = rows([escape(name), escape(value)] for name, value in settings.items())
@@ -168,7 +168,7 @@ def configuration(records: Sequence[RunRecord]) -> str:
 
 
 def _differences(records: Sequence[RunRecord]) -> str:
-    settings = [flat(record.config) for record in records]
+    settings = [settings_of(record.config) for record in records]
     names = dict.fromkeys(name for values in settings for name in values)
     differ = [n for n in names if len({values.get(n, "") for values in settings}) > 1]
     lines = [[escape(n), *(escape(values.get(n, "absent")) for values in settings)] for n in differ]

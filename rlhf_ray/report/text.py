@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from rlhf_ray.rundir.config_diff import flat
+
 
 def escape(value: object) -> str:
     """Any value as HTML text or the inside of a quoted attribute."""
@@ -57,15 +59,9 @@ def rows(cells: Iterable[Iterable[str]], *, head: Iterable[str] = (), kind: str 
     return f'<table class="{kind}">{"".join(lines)}</tbody></table>'
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as dotted names and one-line values."""
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = _plain(value)
-    return found
+def settings_of(config: dict[str, Any]) -> dict[str, str]:
+    """Settings under dotted names, in a line each."""
+    return {name: _plain(value) for name, value in flat(config).items()}
 
 
 def _plain(value: Any) -> str:

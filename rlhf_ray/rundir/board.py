@@ -20,6 +20,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import histogram, hparams, scalar, text
 
+from rlhf_ray.rundir.config_diff import flat
+
 SHOWN_ANSWERS = 4
 BINS = 64
 CLOCKS = ("time/", "perf/")
@@ -33,7 +35,7 @@ class Board:
         (folder / "tensorboard").mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
         self._records = RecordWriter((folder / "tensorboard" / name).open("wb"))
-        self._settings: dict[str, Any] | None = flat(settings)
+        self._settings: dict[str, Any] | None = comparable(settings)
         self._write(Event(file_version="brain.Event:2"))
         if purge_step is not None:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
@@ -72,15 +74,10 @@ class Board:
         self._records.write(event.SerializeToString())
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``ppo.lr``, what HParams can't hold as text."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
+def comparable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under dotted names, what HParams can't hold as text."""
+    plain = flat(settings).items()
+    return {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in plain}
 
 
 def _cell(value: object) -> str:

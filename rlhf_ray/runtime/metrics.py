@@ -60,7 +60,6 @@ class Shown(Thread):
                 gauge.set(value, labels)
             self.measure()
 
-
     def close(self) -> None:
         """Show nothing from now on."""
         self._ended.set()

@@ -8,7 +8,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from rlhf_ray.rundir.board import Board, flat
+from rlhf_ray.rundir.board import Board, comparable
 
 
 def test_numbers_spreads_answers_and_settings_are_there(tmp_path: Path) -> None:
@@ -38,4 +38,4 @@ def test_numbers_spreads_answers_and_settings_are_there(tmp_path: Path) -> None:
 
 
 def test_settings_are_flattened_to_what_can_be_compared() -> None:
-    assert flat({"a": None, "b": {"c": True, "d": {"e": 1}}}) == {"a": "None", "b.c": True, "b.d.e": 1}
+    assert comparable({"a": None, "b": {"c": True, "d": {"e": 1}}}) == {"a": "None", "b.c": True, "b.d.e": 1}
