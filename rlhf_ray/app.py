@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rlhf_ray.algorithms import ALGORITHMS
 from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, step_name, verify
-from rlhf_ray.config import PPOConfig, repository_path
+from rlhf_ray.config import PPOConfig, RewardSource, repository_path
 from rlhf_ray.config.run_fields import HOW_TO_RUN
 from rlhf_ray.config.secrets import redacted
-from rlhf_ray.crews import DTYPES, crews, publication
+from rlhf_ray.crews import DTYPES, crews, publication, reward_context
 from rlhf_ray.data.lint import Ruler
 from rlhf_ray.data.lint_report import brief
 from rlhf_ray.failures import Deaths, Diverged, GaveUp, WorkerLost
@@ -25,6 +25,7 @@ from rlhf_ray.native import build_problem
 from rlhf_ray.objectives.base import model_files
 from rlhf_ray.ppo_inputs import Inputs, read_inputs
 from rlhf_ray.report import report_run
+from rlhf_ray.rewards.function import FunctionReward
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
 from rlhf_ray.run import Run, prepare_folder, read_metrics
@@ -102,6 +103,7 @@ def _report(config: PPOConfig, run: Run) -> None:
 
 def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror: Mirror | None) -> None:
     deaths = Deaths(config.max_restarts, config.restart_window, run.say)
+    judges = _judges(config, inputs)
     plan = fit(config, inputs, run.say)
     config = plan.config if plan else config
     built = crews(config, inputs, startup, deaths, limits(plan))
@@ -136,6 +138,7 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
         deaths=deaths,
         probes=len(inputs.probes),
         watch=shown.log if shown else None,
+        judges=judges,
     )
     try:
         lost = _follow(partial(course, startup=startup))
@@ -181,6 +184,13 @@ def _follow(course: Callable[[], RLRun]) -> WorkerLost | Diverged | None:
     return lost
 
 
+def _judges(config: PPOConfig, inputs: Inputs) -> dict[str, FunctionReward]:
+    """Judges by the names of their functions."""
+    context = reward_context(config, inputs)
+    sources = [RewardSource(kind="function", source=source) for source in config.judges]
+    return {s.source.rpartition(":")[2]: FunctionReward(s, context, field="judges") for s in sources}
+
+
 def _input_files(config: PPOConfig, inputs: Inputs) -> list[Path]:
     """Prompts, and weights and vocabularies of all models: a run that goes on must find the ones it began with."""
     models = [model_folder(source.source) for source in config.reward_sources if source.kind == "model"]
@@ -202,7 +212,7 @@ NOT_SETTINGS = (
     *("num_rollout_workers", "num_reward_workers", "num_reference_workers", "num_learners", "sharding", "weight_sync"),
     *("rollout_cpus", "service_cpus", "rollout_gpus", "reward_gpus", "reference_gpus", "learner_gpus"),
     *("gpu_memory", "host_memory", "generation.max_rows"),
-    *("placement", "rollout_device", "labels", "on_divergence", "probes", "probe_every", "probe_prompts"),
+    *("placement", "rollout_device", "labels", "judges", "on_divergence", "probes", "probe_every", "probe_prompts"),
 )
 """Fields that say how to start, where to compute and what to watch; a resumed run may differ in them."""
 

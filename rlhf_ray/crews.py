@@ -79,8 +79,9 @@ def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _reward_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
-    context = RewardContext(
+def reward_context(config: PPOConfig, inputs: Inputs) -> RewardContext:
+    """What rewards and judges are built with."""
+    return RewardContext(
         tokenizer=inputs.tokenizer,
         prompts=inputs.all_prompts,
         device=inputs.device,
@@ -90,6 +91,10 @@ def _reward_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         max_length=row_length(config),
         frozen=config.memory.frozen,
     )
+
+
+def _reward_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
+    context = reward_context(config, inputs)
     return {"sources": config.reward_sources, "context": context, "threads": config.scoring_threads}
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, load_tree, save_tree
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.data.prompt_set import PromptSet
@@ -35,7 +37,10 @@ from rlhf_ray.samples import histograms, sample_rows, texts
 from rlhf_ray.startup import StartUp
 from rlhf_ray.storage import Mirror
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
-from rlhf_ray.types import Done, Experience, Handle, Judged, Rollout, Shards
+from rlhf_ray.types import Done, Experience, Handle, Judged, Rollout, Shards, select
+
+JUDGED_ROWS = 32
+"""Rows of a step that judges are asked about: a random choice, as prompts come in a shuffled order."""
 
 
 class SavesItself(Protocol):
@@ -64,15 +69,17 @@ class RLRun:
         deaths: Deaths | None = None,
         probes: int = 0,
         watch: Callable[[int, Mapping[str, float]], None] | None = None,
+        judges: Mapping[str, Callable[[Rollout], Tensor]] | None = None,
         rollbacks: int = 0,
     ) -> None:
         """Take the newest complete checkpoint in the run's folder up, if there is one.
 
         ``startup`` is what came before the first step, of which the run then tells; ``deaths`` are its workers'.  So
-        many ``probes`` follow the prompts in the workers' prompt set.  ``watch`` is given every step's metrics.
+        many ``probes`` follow the prompts in the workers' prompt set.  ``watch`` is given every step's metrics,
+        ``judges`` some of its rows, whose mean scores (B,) are logged.
         The run has gone back ``rollbacks`` times because it had diverged.
         """
-        self.startup, self.deaths, self.watch = startup, deaths, watch
+        self.startup, self.deaths, self.watch, self.judges = startup, deaths, watch, judges or {}
         self.run, self.config, self.roles = run, config, roles
         self.learner, self.tokenizer, self.prompts = learner, tokenizer, prompts
         asked = range(len(prompts), len(prompts) + probes)
@@ -171,6 +178,8 @@ class RLRun:
             self.run.histograms(done, histograms(judged, experience))
         if metrics["update/skipped"]:
             self.health.keep(done, judged, experience)
+        few = select(judged.rollout, slice(JUDGED_ROWS))
+        metrics |= {f"judge/{name}": float(judge(few).mean()) for name, judge in self.judges.items()}
         metrics |= self.health.see(done, metrics)
         row = self.run.log(done, metrics)
         if self.watch:

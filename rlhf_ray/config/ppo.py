@@ -138,6 +138,9 @@ class PPOConfig(RunFields):
     """Short form of rewards: path/to/file.py:function, a URL or a reward model's folder, each with weight 1."""
     rewards: list[RewardSource] = [RewardSource()]
     """Terms of the reward."""
+    judges: list[str] = []
+    """path/to/file.py:function, called as a reward is on 32 rows of every step, and logged as judge/<function>; nothing
+    learns from it, so it shows when the reward is exploited."""
     critic_init: Path | None = None
     """Reward model that a separate critic starts from; unset takes the first reward model, else the policy."""
     prompts: Path = Path("data/raw/prompts.txt")

@@ -29,9 +29,10 @@ def call_fields(row: PromptRow) -> dict[str, object]:
 class FunctionReward:
     """Calls the user's function for every row."""
 
-    def __init__(self, source: RewardSource, context: RewardContext) -> None:
-        self.source = source.source
-        self.function = load_function(source.source, field="reward")
+    def __init__(self, source: RewardSource, context: RewardContext, *, field: str = "reward") -> None:
+        """``field`` is what mistakes are named after."""
+        self.source, self.field = source.source, field
+        self.function = load_function(source.source, field=field)
         self.context = context
 
     def __call__(self, rollout: Rollout) -> Tensor:
@@ -48,4 +49,4 @@ class FunctionReward:
         try:
             return float(score)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"reward {self.source} returned {score!r}; it must return a number") from error
+            raise ValueError(f"{self.field} {self.source} returned {score!r}; it must return a number") from error

@@ -253,3 +253,38 @@ def test_rows_that_no_update_was_made_from_are_kept_for_a_few_steps(world: Path,
             "doctor/skipped_update": 1.0,
             "doctor/rolled_back": 1.0,
         }
+
+
+SABOTAGE = """
+def long(response, **row):
+    return len(response) / 10
+
+def brief(response, **row):
+    return -len(response)
+"""
+
+
+def test_a_reward_that_likes_length_against_the_judges_word_is_named(world: Path, tmp_path: Path) -> None:
+    """Judges only look: without one the run's other metrics are the same."""
+    (tmp_path / "score.py").write_text(SABOTAGE, encoding="utf-8")
+    changes: dict[str, Any] = {"reward": [f"{tmp_path}/score.py:long"], "total_steps": 24, "batch_size": 32}
+    changes |= {"kl": {"coef": 0.0}, "ppo": {"lr": 3e-3, "mini_batch_size": 16, "micro_batch_size": 16}}
+    judged = ppo_config(world, run="judged", judges=[f"{tmp_path}/score.py:brief"], **changes)
+    app.train_ppo(judged)
+    rows = read_metrics(app.run_folder(judged))
+    assert rows[0]["judge/brief"] > rows[-1]["judge/brief"]
+    found = {finding.rule for finding in diagnose(rows)}
+    assert found >= {"reward_hacking", "high_kl"}
+    plain = ppo_config(world, run="plain", **changes | {"total_steps": 2})
+    app.train_ppo(plain)
+    first = [{k: v for k, v in row.items() if not k.startswith(("judge/", "time/", "perf/"))} for row in rows[:1]]
+    assert [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))}
+        for row in read_metrics(app.run_folder(plain))[:1]
+    ] == first
+
+
+def test_a_judge_that_can_not_be_asked_is_refused_before_workers_start(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text(SABOTAGE, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"judges = .*has no function other"):
+        app.train_ppo(ppo_config(world, run="refused", judges=[f"{tmp_path}/score.py:other"]))
