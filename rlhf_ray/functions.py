@@ -6,10 +6,10 @@ Left out on purpose: dotted module names and any sandbox; the file is the user's
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlhf_ray.config import repository_path
@@ -34,11 +34,11 @@ def load_function(spec: str, *, field: str = "function") -> Callable[..., Any]:
     """
     file, name = _split(spec, field)
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:12]
-    module_spec = importlib.util.spec_from_file_location(f"{file.stem}_{digest}", file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses look their module up there
-    module_spec.loader.exec_module(module)
+    module = ModuleType(f"{file.stem}_{digest}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    # Not by importlib, which takes cached bytecode for a file that was rewritten within a second, at the same size.
+    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
     function = vars(module).get(name)
     if not callable(function):
         known = ", ".join(sorted(key for key, value in vars(module).items() if callable(value))) or "none"

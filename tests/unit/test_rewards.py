@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from worlds import Workers, make_world, ppo_config
 
 from rlhf_ray import app
 from rlhf_ray.crews import worker_arguments
+from rlhf_ray.functions import load_function
 from rlhf_ray.models.hf_weights import load_reward_model, save_reward_model
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.rewards import http as http_reward
@@ -330,3 +332,11 @@ def test_nobody_at_the_address_is_one_line(world: Path, rollout: Rollout) -> Non
     source = {"kind": "http", "source": "http://127.0.0.1:9/score", "retries": 0}
     with pytest.raises(ValueError, match=r"did not answer in 1 attempts: .*refused"):
         scorer(world, source).score(rollout)
+
+
+def test_a_file_that_was_rewritten_is_run_anew_whatever_its_size_and_time(tmp_path: Path) -> None:
+    file = tmp_path / "score.py"
+    for value in (1, 2):
+        file.write_text(f"def score(): return {value}\n", encoding="utf-8")
+        os.utime(file, (1e9, 1e9))
+        assert load_function(f"{file}:score")() == value
