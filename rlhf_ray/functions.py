@@ -8,11 +8,21 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType
 from typing import Any
 
 from rlhf_ray.config import repository_path
+
+
+class _FromSource(SourceFileLoader):
+    """Without bytecode, which Python takes from its cache for a file that was rewritten within a second, as long."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The file as it is now."""
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _split(spec: str, field: str) -> tuple[Path, str]:
@@ -34,11 +44,12 @@ def load_function(spec: str, *, field: str = "function") -> Callable[..., Any]:
     """
     file, name = _split(spec, field)
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:12]
-    module = ModuleType(f"{file.stem}_{digest}")
-    module.__file__ = str(file)
-    sys.modules[module.__name__] = module  # dataclasses look their module up there
-    # Not by importlib, which takes cached bytecode for a file that was rewritten within a second, at the same size.
-    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+    loader = _FromSource(f"{file.stem}_{digest}", str(file))
+    module_spec = spec_from_loader(loader.name, loader)
+    assert module_spec is not None
+    module = module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up there
+    loader.exec_module(module)
     function = vars(module).get(name)
     if not callable(function):
         known = ", ".join(sorted(key for key, value in vars(module).items() if callable(value))) or "none"
