@@ -23,7 +23,6 @@ from pyarrow import ArrowException
 from safetensors import SafetensorError
 
 from rlhf_ray.rundir.files import CheckpointError, replace_text, sync_folder
-from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.rundir.manifest import Manifest, read_manifest, seal, verify
 from rlhf_ray.rundir.metrics import FILE_NAME, read_metrics
 from rlhf_ray.rundir.tree import load_tree, save_tree
@@ -33,8 +32,6 @@ from rlhf_ray.uploads import Uploads
 __all__ = [
     "CheckpointError",
     "CheckpointStore",
-    "Manifest",
-    "RunLock",
     "load_tree",
     "save_tree",
     "step_name",

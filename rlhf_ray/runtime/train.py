@@ -22,12 +22,13 @@ import torch
 import yaml
 
 from rlhf_ray import console
-from rlhf_ray.checkpoint import CheckpointStore, RunLock
+from rlhf_ray.checkpoint import CheckpointStore
 from rlhf_ray.config import TrainConfig
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.scoring import compute_type
 from rlhf_ray.run import Run, prepare_folder
 from rlhf_ray.rundir.config_diff import config_difference
+from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.rundir.metrics import read_metrics
 from rlhf_ray.rundir.signals import StopSignals
 from rlhf_ray.runtime.cluster import connect

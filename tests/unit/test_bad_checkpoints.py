@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from worlds import make_world, ppo_config
 
 from rlhf_ray import app
-from rlhf_ray.checkpoint import CheckpointError, RunLock, load_tree, save_tree
+from rlhf_ray.checkpoint import CheckpointError, load_tree, save_tree
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.run import read_metrics
+from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.rundir.manifest import MANIFEST, seal
 from rlhf_ray.tokenizer import train_bpe
 

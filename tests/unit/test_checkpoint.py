@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem, _MockFileSystem
 
-from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, RunLock, load_tree, save_tree, verify
+from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, load_tree, save_tree, verify
+from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.storage import Mirror
 
 DTYPES = [

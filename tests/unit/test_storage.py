@@ -18,9 +18,10 @@ from small_folders import make_policy
 from worlds import chats_config, make_world, ppo_config, write_chats
 
 from rlhf_ray import app, stages
-from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, RunLock, save_tree, verify
+from rlhf_ray.checkpoint import CheckpointError, CheckpointStore, save_tree, verify
 from rlhf_ray.config.secrets import redacted
 from rlhf_ray.run import read_metrics
+from rlhf_ray.rundir.lock import RunLock
 from rlhf_ray.storage import Mirror
 
 
