@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import GetTimeoutError
 
 from rlhf_ray import console
 from rlhf_ray.runtime.environment import in_a_job, joins_a_cluster
@@ -96,7 +97,7 @@ def nodes() -> list[Node]:
 
 
 def check_shared(folders: Sequence[Path], machines: Iterable[Node]) -> None:
-    """Raise ValueError naming a machine that does not see one of the folders."""
+    """Raise ValueError naming a machine that does not see one of the folders, or does not answer."""
 
     @ray.remote(num_cpus=0)
     def unseen() -> list[str]:
@@ -104,7 +105,14 @@ def check_shared(folders: Sequence[Path], machines: Iterable[Node]) -> None:
 
     asked = [(node, unseen.options(label_selector={NODE_ID: node.id}).remote()) for node in machines]
     for node, answer in asked:
-        for folder in ray.get(answer, timeout=LOOK_SECONDS):
+        try:
+            lacking = ray.get(answer, timeout=LOOK_SECONDS)
+        except GetTimeoutError as error:
+            sought = " and ".join(map(str, folders))
+            raise ValueError(
+                f"machine {node.name} has not said in {LOOK_SECONDS:g} s whether it sees {sought}"
+            ) from error
+        for folder in lacking:
             raise ValueError(
                 f"machine {node.name} does not see {folder}: models and checkpoints belong on a disk that every "
                 "machine sees (docs/CLUSTER.md)"

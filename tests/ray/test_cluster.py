@@ -15,6 +15,7 @@ import yaml
 from ray._private.runtime_env import packaging
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from deploy import check_manifests
 from rlhf_ray import crews
 from rlhf_ray.config import PPOConfig, load
 from rlhf_ray.config.loader import REPOSITORY
@@ -111,30 +112,47 @@ def test_what_the_cluster_lacks_is_refused_with_a_table(capsys: pytest.CaptureFi
         check_shared([tmp_path / "absent"], [here])
 
 
+LISTENERS = """
+import os
+from contextlib import suppress
+from pathlib import Path
+from rlhf_ray.runtime.cluster import connect, ray
+from tests.hunting import descendants
+connect(need=[])
+ray.get(ray.remote(lambda: None).remote())  # so that there is a worker
+rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+held = set()
+for file in (file for pid in [os.getpid(), *descendants()] for file in Path(f"/proc/{pid}/fd").iterdir()):
+    with suppress(FileNotFoundError):
+        held.add(os.readlink(file))
+print(*{row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held})
+"""
+"""Says the addresses, as the kernel writes them, of all sockets on which a process and its Ray listen."""
+
+
 def test_one_box_listens_on_loopback_alone_and_keeps_its_token_to_its_owner(tmp_path: Path) -> None:
     token = tmp_path / ".ray" / "auth_token"
-    code = (
-        "from rlhf_ray.runtime.cluster import connect, ray; connect(need=[]); "
-        "print(ray.nodes()[0]['NodeManagerAddress'], ray.get_runtime_context().gcs_address)"
-    )
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env = {**clean, "HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"127\.0\.0\.1 127\.0\.0\.1:\d+", done.stdout.strip().splitlines()[-1])
+    done = subprocess.run([sys.executable, "-c", LISTENERS], env=env, capture_output=True, text=True, check=True)
+    found = set(done.stdout.strip().splitlines()[-1].split())
+    assert found and found <= {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
     assert token.read_text(encoding="utf-8") and token.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_job_takes_along_the_code_alone_and_keeps_its_results_elsewhere(tmp_path: Path) -> None:
-    """Packed by Ray itself, and run as Ray runs it."""
-    package = tmp_path / "package.zip"
+    """Packed by Ray itself, or by the command of docs/CLUSTER.md, which compresses, and run as Ray runs it."""
+    package, small, copy = (tmp_path / name for name in ("package.zip", "rlhf_ray.tgz", "runtime_resources"))
     packaging.create_package(str(REPOSITORY), package, include_gitignore=True, excludes=[])
-    assert package.stat().st_size < 1_200_000  # our own sources, which Ray does not compress, and nothing else
+    tar = ["tar", "-czf", str(small), "--exclude=__pycache__", "configs", "launch", "rlhf_ray"]
+    subprocess.run(tar, cwd=REPOSITORY, check=True)
+    assert small.stat().st_size < 1_000_000
+    packaging.untar_package(str(small), str(copy), remove_top_level_directory=False, unlink_tar=True)
+    names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()}
     with zipfile.ZipFile(package) as archive:
-        names = [name for name in archive.namelist() if not name.endswith("/")]
-        archive.extractall(tmp_path / "runtime_resources")
-    assert {name.split("/")[0] for name in names if "/" in name} == {"rlhf_ray", "launch", "configs"}
-    assert "configs/ppo/mini_xl.yaml" in names and "launch/ppo.py" in names
-    copy = tmp_path / "runtime_resources"
+        assert {name for name in archive.namelist() if not name.endswith("/")} == names
+    assert {name.split("/")[0] for name in names} == {"rlhf_ray", "launch", "configs"}
+    assert {"configs/ppo/mini_xl.yaml", "launch/ppo.py"} <= names
     line = [sys.executable, str(copy / "launch" / "ppo.py"), "--num-rollout-workers", "0", "--policy", "nowhere"]
     in_job = {**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "PYTHONPATH": ""}
     for words, complaint in (
@@ -159,7 +177,7 @@ def test_every_cluster_preset_lies_over_every_size() -> None:
 
 
 def test_the_manifests_start_one_ray_as_nobody_in_particular_with_tokens() -> None:
-    """The whole of them was held against KubeRay's own schemas; this holds what they promise."""
+    """deploy/check_manifests.py holds the whole of them against KubeRay's own schemas; this holds what they promise."""
     folder = REPOSITORY / "deploy"
     cluster, job = (
         yaml.safe_load((folder / "kuberay" / f"{name}.yaml").read_text()) for name in ("raycluster", "rayjob")
@@ -186,3 +204,30 @@ def test_the_manifests_start_one_ray_as_nobody_in_particular_with_tokens() -> No
         "\nUSER ray\n" in image
         and re.findall("^torch==.*$", (REPOSITORY / "requirements.txt").read_text(), re.M)[0] in image
     )
+
+
+SCHEMA = """
+spec:
+  group: ray.io
+  names: {kind: RayCluster}
+  versions:
+    - name: v1
+      schema:
+        openAPIV3Schema:
+          x-kubernetes-preserve-unknown-fields: true
+          properties:
+            spec:
+              properties: {rayVersion: {type: integer}, headGroupSpec: {}, workerGroupSpecs: {}}
+"""
+"""A small one of our own: KubeRay's are given by whoever checks."""
+
+
+def test_a_manifest_that_its_schema_does_not_allow_is_refused_by_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "crd.yaml").write_text(SCHEMA, encoding="utf-8")
+    assert check_manifests.main(["--crds", str(tmp_path / "crd.yaml")]) == 1
+    cluster, job, storage = capsys.readouterr().out.splitlines()
+    assert "raycluster.yaml: RayCluster: spec" in cluster and "rayVersion: '2.60.0' is not of type 'integer'" in cluster
+    assert "spec: Additional properties are not allowed ('authOptions' was unexpected)" in cluster
+    assert job.endswith("no schema of ray.io/v1 was given") and storage.endswith("not looked at")
