@@ -2,7 +2,7 @@
 
     python benchmarks/chaos.py --minutes 5 --json chaos.json
 
-    python benchmarks/chaos.py --minutes 2 --num-learners 2 --stop-learner --timeout 45
+    python benchmarks/chaos.py --minutes 2 --num-learners 2 --stop-learner --timeout 45 --learner-every 15 --steps 60
 
 Parts are rollout, reward, reference and learner workers (kill -9, now and then SIGSTOP) and the second machine (kill -9
 of its raylet; another one joins later).  A learner is one worker or one of several ranks, which all begin anew when one

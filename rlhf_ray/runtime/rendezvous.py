@@ -12,12 +12,17 @@ import ray
 
 from rlhf_ray.workers.ranks import Meeting, open_store
 
+PATIENCE = 2.0
+"""Times the limit of a call that a rank waits for the others.  When one hangs, the crew is to find it, and to start all
+anew, before the others raise an error that says no more than that they have waited.
+"""
+
 
 class Rendezvous:
     """Opens a store at every call, and closes the one before."""
 
     def __init__(self, size: int, *, timeout: float) -> None:
-        """``size`` ranks, which have ``timeout`` seconds to come, and as long for every exchange."""
+        """``size`` ranks, whose start and calls may take ``timeout`` seconds."""
         self.size, self.timeout = size, timeout
 
     def __call__(self) -> list[dict[str, Any]]:
@@ -27,7 +32,7 @@ class Rendezvous:
         host = ray.util.get_node_ip_address()
         self._store = open_store(host)
         ranks = [
-            Meeting(host=host, port=self._store.port, rank=rank, size=self.size, timeout=self.timeout)
+            Meeting(host=host, port=self._store.port, rank=rank, size=self.size, timeout=PATIENCE * self.timeout)
             for rank in range(self.size)
         ]
         return [{"meeting": meeting} for meeting in ranks]

@@ -60,15 +60,18 @@ def sft_configuration(world: Path, name: str) -> SFTConfig:
 
 
 def train(config: PPOConfig | SFTConfig, phase: str | None, when: int | str) -> None:
-    """A process of its own: the run, killed at the end of a phase or when it touches a file."""
+    """A process of its own: the run, killed at the end of a phase or when it touches a file; or interrupted twice."""
     if phase is None:
         pass
+    elif phase == "interrupt":
+        Run.time = striking_time(Run.time, "learn", int(when), signal.SIGINT)  # type: ignore[method-assign]
+        sys.addaudithook(interrupting_once(f"*/.tmp-step_{when:06d}-*/learner.json"))
     elif isinstance(when, str):
         sys.addaudithook(lambda event, arguments: event == phase and die_if(when, str(arguments[0])))
     elif phase == "step":
         TrainLoop.train_step = killing_step(TrainLoop.train_step, when)  # type: ignore[method-assign]
     else:
-        Run.time = killing_time(Run.time, phase, when)  # type: ignore[method-assign]
+        Run.time = striking_time(Run.time, phase, when, signal.SIGKILL)  # type: ignore[method-assign]
     app.train_ppo(config) if isinstance(config, PPOConfig) else stages.sft(config)
 
 
@@ -87,7 +90,18 @@ def killing_step(real: Callable[..., bool], last: int) -> Callable[..., bool]:
     return train_step
 
 
-def killing_time(real: Callable[..., Any], phase: str, when: int) -> Callable[..., Any]:
+def interrupting_once(pattern: str) -> Callable[[str, tuple[Any, ...]], None]:
+    touched: list[str] = []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and not touched and fnmatch(str(arguments[0]), pattern):
+            touched.append(str(arguments[0]))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return hook
+
+
+def striking_time(real: Callable[..., Any], phase: str, when: int, number: signal.Signals) -> Callable[..., Any]:
     seen = Counter[str]()
 
     @contextmanager
@@ -96,7 +110,7 @@ def killing_time(real: Callable[..., Any], phase: str, when: int) -> Callable[..
             yield
         seen[name] += 1
         if (name, seen[name]) == (phase, when):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
     return time
 
@@ -152,6 +166,16 @@ def test_a_run_killed_in_any_phase_ends_as_if_nothing_had_happened(
     end = end_of(config)
     print(phase, {name: digest for name, digest in end["sha256"].items() if name.endswith(".safetensors")})
     assert end == undisturbed
+
+
+def test_a_second_ctrl_c_while_a_run_saves_changes_nothing(world: Path, undisturbed: dict[str, Any]) -> None:
+    config = configuration(world, "interrupted")
+    assert in_a_process(config, "interrupt", 3) == 0  # in the third step, and again while that is written
+    folder = app.run_folder(config)
+    assert (folder / "latest").read_text(encoding="utf-8") == "step_000003\n"
+    assert "stopped after step 3; the same command goes on" in (folder / "log.txt").read_text(encoding="utf-8")
+    assert in_a_process(config) == 0
+    assert end_of(config) == undisturbed
 
 
 def test_a_run_on_ray_killed_ends_as_the_one_in_a_single_process(world: Path, undisturbed: dict[str, Any]) -> None:
