@@ -38,7 +38,11 @@ def library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise NativeUnavailableError("there is no C++ compiler (g++ or $CXX)")
-    path = _folder() / f"native-{_fingerprint(compiler)}.so"
+    try:
+        folder = cache_folder()
+    except OSError as error:
+        raise NativeUnavailableError(f"nothing can be kept ({error}); set RLHF_RAY_CACHE to a folder") from error
+    path = folder / f"native-{_fingerprint(compiler)}.so"
     if not path.is_file():
         _compile(compiler, path)
     try:
@@ -56,12 +60,10 @@ def build_problem() -> str:
     return ""
 
 
-def _folder() -> Path:
+def cache_folder() -> Path:
+    """Where this machine keeps what it can make again; OSError where that can't be had."""
     folder = Path(os.environ.get("RLHF_RAY_CACHE") or Path.home() / ".cache" / "rlhf_ray")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise NativeUnavailableError(f"{folder} can't be written ({error}); set RLHF_RAY_CACHE to a folder") from error
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return folder
 
 

@@ -26,7 +26,7 @@ NOT_ROWS = {
     *("threads", "epochs", "max_steps", "batch_size", "micro_batch_size", "log_every", "eval_every", "save_every"),
     *("keep", "keep_every", "mirror", "max_restarts", "compile", "optimiser", "vocab_size", "preset", "dropout"),
     *("label_smoothing", "centre_coef", "normalise_samples", "prompts", "response_length"),
-    *("lora", "memory", "report", "show"),
+    *("lora", "memory", "report", "show", "profile_step", "auto_micro_batch", "micro_batch_tokens"),
 }
 """Fields that say nothing about the rows; data, tokenizer and policy count by their contents."""
 
