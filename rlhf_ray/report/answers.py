@@ -6,6 +6,7 @@ critic still expected before it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -123,9 +124,14 @@ def extremes(record: RunRecord) -> str:
     parts = []
     for pick, better in (("best", -1), ("random", 0), ("worst", 1)):
         rows = [row for row in record.samples if row["pick"] == pick]
-        rows = sorted(rows, key=lambda row: better * row["score"])[:MOST_ROWS]
+        rows = sorted(rows, key=lambda row: better * _rank(row["score"]))[:MOST_ROWS]
         parts.append(f"<div><h4>{pick}</h4>{''.join(map(_sample, rows))}</div>")
     return f'<h3>Best, random and worst answers of step {step}</h3><div class="thirds">{"".join(parts)}</div>'
+
+
+def _rank(score: float) -> float:
+    """What rows are sorted by: one without a score is the worst."""
+    return -math.inf if math.isnan(score) else score
 
 
 def _sample(row: dict[str, Any]) -> str:

@@ -129,7 +129,7 @@ def _end_labels(axes: Axes, named: Sequence[Line], values: Sequence[float]) -> N
     outside: dict[str, Any] = {"transform": axes.transAxes, "clip_on": False}
     for line, place in zip(named, spread(shares, gap=14 / axes.bbox.height), strict=True):
         axes.plot([1.03], [place], "s", color=_colour(line), markersize=6, **outside)
-        axes.text(1.05, place, line.label, color=MUTED, va="center", **outside)
+        axes.text(1.065, place, line.label, color=MUTED, va="center", **outside)
 
 
 def _colour(line: Line) -> str:

@@ -24,7 +24,7 @@ def page(records: Sequence[RunRecord]) -> str:
     one = records[0]
     title = f"{TITLES[one.stage]} · {', '.join(record.name for record in records)}"
     body = [
-        f"<header><h1>{escape(title)}</h1>{_kicker(records)}{legend(records)}</header>",
+        f"<header><h1>{escape(title)}</h1>{_kicker(records)}</header>{legend(records)}",
         _single_headline(one) if len(records) == 1 else _headlines(records),
         sections.warnings(records),
         f"<h2>How it went</h2>{curves(records)}",
@@ -65,7 +65,9 @@ def _single_headline(record: RunRecord) -> str:
         f"<dd><small>{escape(fact.change)}</small></dd></div>"
         for fact in headline(record)
     )
-    return f'<p class="verdict">{escape(verdict(record))}</p><dl class="headline">{cards}</dl>'
+    return (
+        f'<p class="verdict">{escape(verdict(record) + sections.doubts(record))}</p><dl class="headline">{cards}</dl>'
+    )
 
 
 def _headlines(records: Sequence[RunRecord]) -> str:

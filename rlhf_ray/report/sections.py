@@ -56,8 +56,8 @@ def _size(model: dict[str, Any]) -> str:
 
 
 def findings(record: RunRecord) -> list[Finding]:
-    """What the doctor says of a PPO run; its rules know no other stage."""
-    return diagnose(record.metrics) if record.stage == "ppo" else []
+    """What the doctor says; most of its rules are about PPO, and silent about other stages."""
+    return diagnose(record.metrics)
 
 
 def warnings(records: Sequence[RunRecord]) -> str:
@@ -70,16 +70,25 @@ def warnings(records: Sequence[RunRecord]) -> str:
             if found.last_step > found.first_step:
                 steps = f"steps {found.first_step} to {found.last_step}"
             items.append(
-                f'<li class="{found.severity}"><p><strong>{who}{escape(found.sentence)}</strong> <small>{steps}, '
-                f"{escape(found.rule)}</small></p><p>Likely {escape(found.cause)}. {_sentence(found.remedy)}</p></li>"
+                f'<li class="{found.severity}"><p><strong>{who}{_capital(found.sentence)}</strong> <small>'
+                f"{found.severity}, {steps}, {escape(found.rule)}</small></p>"
+                f"<p>Likely {escape(found.cause)}. {_capital(found.remedy)}.</p></li>"
             )
     if not items:
         return '<p class="lead">The doctor has found nothing to warn of.</p>' if records[0].stage == "ppo" else ""
     return f'<h2>What the doctor found</h2><ul class="findings">{"".join(items)}</ul>'
 
 
-def _sentence(text: str) -> str:
-    return escape(text[:1].upper() + text[1:].rstrip(".")) + "."
+def doubts(record: RunRecord) -> str:
+    """A sentence that keeps the first answer from being believed alone; empty for a run that is well."""
+    severities = [found.severity for found in findings(record)]
+    counts = [(severities.count("divergence"), "divergence"), (severities.count("warning"), "warning")]
+    said = " and ".join(f"{count} {what}{'s' * (count > 1)}" for count, what in counts if count)
+    return f" But the doctor found {said}: see below." if said else ""
+
+
+def _capital(text: str) -> str:
+    return escape(text[:1].upper() + text[1:].rstrip("."))
 
 
 def evaluation(records: Sequence[RunRecord]) -> str:
@@ -159,18 +168,23 @@ def configuration(records: Sequence[RunRecord]) -> str:
     settings = settings_of(records[0].config)
     defaults = settings_of(CONFIGS[records[0].stage]().resolved())
     changed = [(n, v, defaults.get(n, "")) for n, v in settings.items() if n in defaults and v != defaults[n]]
-    table = rows([[escape(cell) for cell in line] for line in changed], head=["", "this run", "default"])
-    everything = rows([escape(name), escape(value)] for name, value in settings.items())
+    table = rows([[_name(n), escape(v), escape(d)] for n, v, d in changed], head=["", "this run", "default"])
+    everything = rows([_name(name), escape(value)] for name, value in settings.items())
     return (
         f"<h2>Configuration</h2>{table if changed else '<p>All defaults.</p>'}"
         f"<details><summary>All {len(settings)} settings</summary>{everything}</details>"
     )
 
 
+def _name(setting: str) -> str:
+    """A setting's name, broken between its words on a narrow screen."""
+    return escape(setting).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
 def _differences(records: Sequence[RunRecord]) -> str:
     settings = [settings_of(record.config) for record in records]
     names = dict.fromkeys(name for values in settings for name in values)
     differ = [n for n in names if len({values.get(n, "") for values in settings}) > 1]
-    lines = [[escape(n), *(escape(values.get(n, "absent")) for values in settings)] for n in differ]
+    lines = [[_name(n), *(escape(values.get(n, "absent")) for values in settings)] for n in differ]
     table = rows(lines, head=["", *(escape(record.name) for record in records)])
     return f"<h2>How their configurations differ</h2>{table if lines else '<p>Not at all.</p>'}"

@@ -35,6 +35,7 @@ h2+h3{margin-top:0}
 h4{font-size:13px;font-weight:600;color:var(--muted);margin:0 0 4px}
 p{margin:0 0 8px}
 small,.note,.empty{font-size:13px;color:var(--muted);font-weight:400}
+p.note{margin-top:10px}
 a{color:var(--accent)}
 .kicker{color:var(--muted);margin:6px 0 0}
 .lead{color:var(--muted);max-width:44em}
@@ -44,10 +45,11 @@ a{color:var(--accent)}
 .headline dd{margin:0}
 .headline .value{font-size:36px;line-height:1.25;font-weight:600;letter-spacing:-.025em}
 .headline .good{color:var(--accent)}.headline .bad{color:var(--alarm)}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:6px 24px;padding:0;margin:28px 0 0}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:6px 24px;padding:10px 0;margin:18px 0 0;position:sticky;top:0;
+z-index:1;background:var(--paper)}
 .key{display:inline-block;width:12px;height:3px;border-radius:2px;margin-right:6px;vertical-align:3px}
 .charts{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:36px 32px}
-figure{margin:0;min-width:0;break-inside:avoid}
+figure{margin:0;min-width:0;break-inside:avoid;display:flex;flex-direction:column;justify-content:space-between}
 figcaption span{display:flex;justify-content:space-between;gap:12px}
 figcaption strong{font-weight:600}figcaption b{font-weight:600;color:var(--muted)}
 figcaption small{display:block;line-height:1.4;min-height:1.4em;margin-bottom:6px}
@@ -73,7 +75,7 @@ td small{white-space:nowrap}
 em{font-style:normal;font-size:.75em;color:var(--muted);border:1px solid var(--grid);border-radius:4px;padding:0 4px;
 margin:0 2px;white-space:nowrap}
 .t{border-radius:3px;cursor:default;-webkit-box-decoration-break:clone;box-decoration-break:clone;padding:2px 0}
-.t.on{outline:2px solid var(--ink);outline-offset:1px}
+.t em{color:inherit}.t.on{outline:2px solid var(--ink);outline-offset:1px}
 .colouring>input{position:absolute;opacity:0;pointer-events:none}
 .colouring>label{display:inline-block;padding:5px 16px;margin:0 -1px 16px 0;border:1px solid var(--grid);font-size:14px;
 color:var(--muted);cursor:pointer}
@@ -99,13 +101,15 @@ main{padding:32px 20px 56px}h1{font-size:27px}h2{margin-top:56px}.verdict{font-s
 .headline{grid-template-columns:repeat(2,minmax(0,1fr));gap:24px 20px}.headline .value{font-size:30px}
 .scale i{width:14px;margin-right:-8px}
 th,td{padding-right:10px;overflow-wrap:anywhere}
-th[scope=row]{width:38%%}table{font-size:13px}td small{white-space:normal;display:block}
+th[scope=row]{width:38%%}.numbers th[scope=row]{width:30%%}.numbers :is(th,td){overflow-wrap:break-word}
+table{font-size:13px}td small{white-space:normal;display:block}
 }
 @media print{
-@page{margin:16mm}
-body{font-size:11pt}main{padding:0;max-width:none}h2{margin-top:32px;break-after:avoid}h3{break-after:avoid}
-.charts{grid-template-columns:repeat(2,minmax(0,1fr));gap:20px 32px}footer{margin-top:24px}
-.thirds{grid-template-columns:repeat(3,minmax(0,1fr))}
+@page{margin:14mm}
+body{font-size:10.5pt}main{padding:0;max-width:none}h2{margin-top:32px;break-after:avoid}h3{break-after:avoid}
+.charts{grid-template-columns:repeat(3,minmax(0,1fr));gap:20px 24px}svg text{font-size:14px}footer{margin-top:24px}
+.thirds{grid-template-columns:repeat(3,minmax(0,1fr))}.sample,.findings li,tr{break-inside:avoid}
+.legend{position:static}
 .colouring>label,#readout,summary{display:none}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 }
 """

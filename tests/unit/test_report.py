@@ -27,7 +27,7 @@ from rlhf_ray.rundir.machine import write_machine
 from rlhf_ray.rundir.metrics import metrics_line
 
 HOSTILE = "<script>alert('x')</script>"
-VOID = {"meta", "link", "input", "br"}
+VOID = {"meta", "link", "input", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -196,6 +196,10 @@ def test_a_stage_shows_its_losses(tmp_path: Path) -> None:
     assert verdict(record) == "The held-out loss fell from 2.00 to 0.50 nats."
     text = Page(write_report([tmp_path]).read_text(encoding="utf-8")).text
     assert "Supervised fine-tuning" in text and "held out, nats" in text and "doctor" not in text
+    with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(metrics_line(30, {"loss": float("nan"), "update/skipped": 1.0}))
+    text = Page(write_report([tmp_path]).read_text(encoding="utf-8")).text
+    assert "But the doctor found 2 warnings: see below." in text and "Loss is nan warning, step 30, not_finite" in text
 
 
 @pytest.mark.parametrize(("gain", "words"), [(0.5, "rose"), (-0.5, "fell"), (0.1, "did not clearly change,")])
