@@ -2,7 +2,7 @@
 
 One PPO run of random tiny models on two Ray workers.  Each part that watches is timed where it is called: on the
 driver's own thread, which holds the next step up, and on the writer's, which works beside it.  A worker's part, two
-counters a call and one gauge a second, is timed by itself.
+counters a call and one gauge a second, is timed by itself.  One step in the middle is traced.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def watch_the_watchers() -> None:
     timed(Health, "see", "driver: doctor")
     timed(rl_run, "histograms", "driver: histograms")
     timed(Run, "_write_metrics", "writer: metrics.jsonl and TensorBoard")
-    timed(Run, "_write_histograms", "writer: TensorBoard's histograms")
+    timed(Run, "_write_board", "writer: TensorBoard's histograms")
     timed(Run, "_write_samples", "writer: samples")
 
 
@@ -64,6 +64,7 @@ def train(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         "batch_size": options.rows,
         "total_steps": options.steps,
         "save_every": options.steps,
+        "profile_step": options.steps // 2 + 1,
         "num_rollout_workers": options.workers,
         "generation": {"prompt_length": 24, "response_length": options.length},
         "ppo": {"epochs": 2, "mini_batch_size": options.rows // 4},
@@ -102,6 +103,9 @@ def main() -> None:
         {"part": part, "ms a step": 1000 * seconds, "% of a step": 100 * seconds / step}
         for part, seconds in times.items()
     ]
+    for part, row in (("the traced step", options.steps // 2), ("the step after it", options.steps // 2 + 1)):
+        seconds = steps[row]["time/step"]
+        rows.append({"part": part, "ms a step": 1000 * seconds, "% of a step": 100 * seconds / step})
     rows.append({"part": "a worker: after one call", "ms a step": 1000 * per_call(), "% of a step": None})
     report.table(f"medians of {len(steps)} steps of {options.rows} rows, {step:.2f} s each", rows)
     report.close()

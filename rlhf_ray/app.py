@@ -5,7 +5,7 @@ Left out on purpose: training what is missing first, which is ``pipeline.py``'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from rlhf_ray.runtime.cluster import dashboard_address
 from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.environment import in_a_job, stop_seconds
 from rlhf_ray.runtime.metrics import StepMetrics, place_dashboard
+from rlhf_ray.runtime.step_trace import CrewsTrace, StepTrace
 from rlhf_ray.runtime.train_state import digest
 from rlhf_ray.startup import StartUp
 from rlhf_ray.storage import Mirror, mirror_of
@@ -125,7 +126,7 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
     if config.num_rollout_workers:
         run.say(f"Ray dashboard: {dashboard_address()} (for the token that it asks for: ray get-auth-token)")
         place_dashboard()
-        shown = StepMetrics(config.run)
+        shown = StepMetrics(config.run, [crew.queue for crew in actors])
     course = partial(
         RLRun,
         run,
@@ -139,6 +140,7 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
         probes=len(inputs.probes),
         watch=shown.log if shown else None,
         judges=judges,
+        trace=_trace(config, run, actors),
     )
     try:
         lost = _follow(partial(course, startup=startup))
@@ -156,6 +158,14 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
         if shown:
             shown.close()
         stop(actors)
+
+
+def _trace(config: PPOConfig, run: Run, actors: Sequence[RayCrew]) -> StepTrace:
+    """The trace of the step that is asked for, if one is."""
+    if not actors:
+        return StepTrace(run.folder, config.profile_step, name="all roles")
+    patience = config.call_timeout
+    return CrewsTrace(run.folder, config.profile_step, name="driver", crews=actors, patience=patience)
 
 
 def _follow(course: Callable[[], RLRun]) -> WorkerLost | Diverged | None:

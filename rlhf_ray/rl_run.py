@@ -31,6 +31,7 @@ from rlhf_ray.health import Health
 from rlhf_ray.live import RunView
 from rlhf_ray.ops.kl import raised
 from rlhf_ray.probes import Asked, Probes
+from rlhf_ray.profiling import Trace
 from rlhf_ray.roles import Generator, J, Roles, S, Stateful
 from rlhf_ray.run import Run
 from rlhf_ray.samples import histograms, sample_rows, texts
@@ -71,15 +72,17 @@ class RLRun:
         watch: Callable[[int, Mapping[str, float]], None] | None = None,
         judges: Mapping[str, Callable[[Rollout], Tensor]] | None = None,
         rollbacks: int = 0,
+        trace: Trace | None = None,
     ) -> None:
         """Take the newest complete checkpoint in the run's folder up, if there is one.
 
         ``startup`` is what came before the first step, of which the run then tells; ``deaths`` are its workers'.  So
         many ``probes`` follow the prompts in the workers' prompt set.  ``watch`` is given every step's metrics,
         ``judges`` some of its rows, whose mean scores (B,) are logged.
-        The run has gone back ``rollbacks`` times because it had diverged.
+        The run has gone back ``rollbacks`` times because it had diverged; ``trace`` may be of a step to come.
         """
         self.startup, self.deaths, self.watch, self.judges = startup, deaths, watch, judges or {}
+        self.trace = trace or Trace()
         self.run, self.config, self.roles = run, config, roles
         self.learner, self.tokenizer, self.prompts = learner, tokenizer, prompts
         asked = range(len(prompts), len(prompts) + probes)
@@ -138,7 +141,9 @@ class RLRun:
             self._save(0)
         with self._open:
             self._progress = self._open.enter_context(RunView(f"ppo/{self.config.run}", total, start=self.first_step))
+            self._open.callback(self.trace.close)
             for step in range(self.first_step, total):
+                self.trace.begin(step + 1)
                 self._started = perf_counter()
                 asked = self.probes.ask(step) if self.probes.due(step) else None
                 while len(self._ahead) <= min(self.config.max_staleness, total - 1 - step):
@@ -192,6 +197,7 @@ class RLRun:
             self._keep_probes(done, self.probes.ask(done))
         if done % self.config.save_every == 0 or done == self.config.total_steps or self._stopping:
             self._save(done)
+        self.trace.end(done, self.run)
 
     def _throughput(self) -> dict[str, float]:
         roles: dict[str, Callable[[], Any]] = {

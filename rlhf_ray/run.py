@@ -28,6 +28,7 @@ import pyarrow.parquet
 import yaml
 
 from rlhf_ray import console
+from rlhf_ray.profiling import span
 from rlhf_ray.rundir.config_diff import config_difference
 from rlhf_ray.rundir.files import replace_text
 from rlhf_ray.rundir.lock import RunLock
@@ -143,7 +144,11 @@ class Run:
 
     def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Write how a step's values are spread, for TensorBoard alone."""
-        self._writer.submit(self._write_histograms, step, values)
+        self._writer.submit(self._write_board, "histograms", step, values)
+
+    def note(self, step: int, text: str) -> None:
+        """Write some words about a step, for TensorBoard alone."""
+        self._writer.submit(self._write_board, "note", step, text)
 
     def later(self, job: Callable[..., object], *arguments: Any) -> Future[None]:
         """Carry a job out once everything logged so far would survive a power cut, as a checkpoint relies on it."""
@@ -171,9 +176,9 @@ class Run:
             self._metrics.flush()
             self._board().scalars(step, row)
 
-    def _write_histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        with self._writing(f"the histograms of step {step}"):
-            self._board().histograms(step, values)
+    def _write_board(self, kind: str, step: int, value: Any) -> None:
+        with self._writing(f"the {kind} of step {step}"):
+            getattr(self._board(), kind)(step, value)
 
     def _board(self) -> Board:
         """Only ever asked for by the writer's thread; slow to import, and not every run logs."""
@@ -217,7 +222,8 @@ class Run:
         """Add the seconds spent inside to ``time/<phase>`` of the next `log`."""
         start = time.perf_counter()
         try:
-            yield
+            with span(phase):
+                yield
         finally:
             name = f"time/{phase}"
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

@@ -231,6 +231,8 @@ class PPOConfig(RunFields):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> PPOConfig:
+        if self.profile_step > self.total_steps:
+            raise ValueError(f"profile_step = {self.profile_step} is after the last step, {self.total_steps}")
         if self.batch_size % self.group_size:
             raise ValueError(f"batch_size = {self.batch_size} must be a multiple of group_size = {self.group_size}")
         if self.ppo.mini_batch_size > self.batch_size:

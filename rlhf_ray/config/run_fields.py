@@ -12,6 +12,7 @@ from rlhf_ray.config.loader import Config
 HOW_TO_RUN = frozenset(
     {
         *("resume", "allow_config_change", "overwrite", "keep", "keep_every", "mirror", "show", "report"),
+        "profile_step",
         *("memory.activation_checkpointing", "memory.offload_optimizer", "memory.sleep"),
     }
 )
@@ -44,5 +45,7 @@ class RunFields(Config):
     step on standard output, everything else on standard error."""
     report: bool = True
     """Write report.html into the run's folder when it ends."""
+    profile_step: int = Field(0, ge=0)
+    """Step whose trace is written to trace/ in the run's folder, for Perfetto (docs/MONITORING.md); 0 is none."""
     max_bad_rows: int = Field(0, ge=0)
     """Malformed data rows to skip before the run stops."""

@@ -17,6 +17,7 @@ from rlhf_ray.generation.native_model import NativeModel
 from rlhf_ray.generation.requests import Completion, Engine, Stops, check_requests
 from rlhf_ray.generation.sampling import Drawn, Sampling, sample
 from rlhf_ray.models.gpt2 import GPT2
+from rlhf_ray.profiling import span
 
 HEAD_ROWS = 64
 """Rows whose logits exist at once."""
@@ -86,12 +87,15 @@ class NativeEngine(Engine):
                 begun = np.arange(waiting, min(N, waiting + len(free)))
                 waiting += len(begun)
                 slot[begun] = [free.pop() for _ in begun]
-                self._prefill(prompts, begun, slot, held)
+                with span("prefill"):
+                    self._prefill(prompts, begun, slot, held)
                 busy = np.concatenate([busy, begun])
-            hidden = native.forward(last[busy], slot[busy], position[busy])
+            with span("decode"):
+                hidden = native.forward(last[busy], slot[busy], position[busy])
             t = drawn[busy]
             young = t + 1 < sampling.min_new_tokens
-            tokens, said_logprobs, kept = self._draw(hidden, uniforms[busy, t], young, stops, sampling)
+            with span("draw"):
+                tokens, said_logprobs, kept = self._draw(hidden, uniforms[busy, t], young, stops, sampling)
             said[busy, t], logprobs[busy, t], log_kept[busy, t] = tokens, said_logprobs, kept
             last[busy] = tokens
             position[busy] += 1

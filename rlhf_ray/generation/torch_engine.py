@@ -26,6 +26,7 @@ from rlhf_ray.generation.sampling import Sampling
 from rlhf_ray.generation.slots import ROW_BLOCK, Slots, Whole, doubled
 from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.kv_cache import COLUMN_BLOCK, KVCache, round_up
+from rlhf_ray.profiling import span
 
 PREFILL_TOKENS = 8192
 """Tokens of one prefill pass, which bounds its memory."""
@@ -85,14 +86,16 @@ class TorchEngine(Engine):
         while waiting < N or len(slots.taken):
             if waiting < N and (len(slots.free) >= refill_at or not len(slots.taken)):
                 chosen = slots.free[: N - waiting]
-                self._prefill(model, slots, chosen, prompts, waiting)
+                with span("prefill"):
+                    self._prefill(model, slots, chosen, prompts, waiting)
                 waiting += len(chosen)
             elif waiting == N:
                 slots.compact()
             steps = min(self.grain.burst, int(slots.left[slots.taken].min()))
             longest = int(slots.lengths.max())
-            for length in range(longest + 1, longest + steps + 1):
-                run(slots.active, self._reach(slots, length))
+            with span("decode"):
+                for length in range(longest + 1, longest + steps + 1):
+                    run(slots.active, self._reach(slots, length))
             if stops.strings:
                 self._stop_at_strings(slots, steps, record, stops)
             slots.stepped(steps)

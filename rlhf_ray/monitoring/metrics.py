@@ -79,10 +79,15 @@ STEP = (
 )
 """The driver's, one value a step."""
 
+WAITING = Metric(name="rlhf_waiting_jobs", meaning="Calls that are ready and wait for a worker of the role.")
+RUNNING = Metric(name="rlhf_running_jobs", meaning="Calls that the role's workers are at.")
+QUEUE = (WAITING, RUNNING)
+"""A crew's, looked up every second."""
+
 TOKENS = Metric(name="rlhf_worker_tokens", meaning="Tokens generated, scored or trained on.", counter=True)
 BUSY = Metric(name="rlhf_worker_busy_seconds", meaning="Seconds that the worker computed.", counter=True)
 MEMORY = Metric(name="rlhf_worker_memory_bytes", meaning="Memory that the worker's process has in use on its host.")
 WORKER = (TOKENS, BUSY, MEMORY)
 """A worker's own."""
 
-METRICS = STEP + WORKER
+METRICS = STEP + QUEUE + WORKER

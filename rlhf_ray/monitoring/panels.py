@@ -72,6 +72,8 @@ ROWS: dict[str, tuple[Panel, ...]] = {
         _one("Steps done", "short", "step", "steps"),
         _one("Age of the oldest row", "updates", "staleness_updates", "updates"),
         _one("Workers replaced", "short", "restarts", "since the run began"),
+        _one("Calls that wait for a worker", "short", "waiting_jobs", "{{role}}"),
+        _one("Calls under way", "short", "running_jobs", "{{role}}"),
         _one("Memory of the workers", "bytes", "worker_memory_bytes", "{{worker}}"),
     ),
 }

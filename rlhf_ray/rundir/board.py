@@ -65,6 +65,10 @@ class Board:
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines[: SHOWN_ANSWERS + 2])
         self._write(Event(step=step, summary=text("samples", table)))
 
+    def note(self, step: int, words: str) -> None:
+        """Write some words."""
+        self._write(Event(step=step, summary=text("notes", words)))
+
     def close(self) -> None:
         """Write what is left and close the file."""
         self._records.close()

@@ -20,6 +20,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from rlhf_ray import profiling
 from rlhf_ray.failures import WorkerLost
 from rlhf_ray.runtime.metrics import WorkerMetrics
 from rlhf_ray.runtime.tensors import send_as_arrays
@@ -38,7 +39,7 @@ class WorkerActor:
     """
 
     def __init__(self, label: str, role: str, run: str) -> None:
-        self.label = label
+        self.label, self.role = label, role
         self._stored: dict[str, Any] = {}
         self._metrics = WorkerMetrics(run=run, role=role, worker=label)
         send_as_arrays()
@@ -54,10 +55,9 @@ class WorkerActor:
         The method is called so many ``times``, each time with as many of the arguments.  Value and arguments are not
         in lists of their own, because Ray resolves references at this level alone.
         """
-        if isinstance(value, Published):
-            value.give_to(self.worker)
-        elif given is not None:
-            getattr(self.worker, given)(value)
+        if given is not None:
+            with profiling.span(f"{self.role}.{given}"):
+                value.give_to(self.worker) if isinstance(value, Published) else getattr(self.worker, given)(value)
         each = len(arguments) // times
         values = [self._work(method, *arguments[i * each : (i + 1) * each]) for i in range(times)]
         used = self.worker.usage()
@@ -65,7 +65,8 @@ class WorkerActor:
         return *values, used
 
     def _work(self, method: str, *arguments: Any) -> Any:
-        value = getattr(self.worker, method)(*arguments)
+        with profiling.span(f"{self.role}.{method}"):
+            value = getattr(self.worker, method)(*arguments)
         if isinstance(value, Notice):
             return Published(notice=value, who=self.label, keeper=ray.get_runtime_context().current_actor)
         return value
@@ -73,6 +74,11 @@ class WorkerActor:
     def aside(self, method: str, *arguments: Any) -> Any:
         """What the worker's method returns, carried out beside other calls."""
         return getattr(self.worker, method)(*arguments)
+
+    def trace(self, what: str, *arguments: Any) -> str:
+        """Do this process's part in a trace; returns the name under which Ray notes what it does."""
+        getattr(profiling, what)(*arguments)
+        return ray.get_runtime_context().get_worker_id()
 
     def stored(self, notice: Notice) -> list[Any]:
         """A reference to weights that went out directly, put into the store when somebody first asks; beside calls."""

@@ -84,6 +84,7 @@ class RayCrew:
         self._first_built: list[Future[None]] = []
         self._lives: list[Life] = []
         self._dispatcher = Dispatcher(self._begin, self._watch, name=role, size=1 if together else self.size)
+        self.queue = self._dispatcher.queue
         self._dispatcher.carry_out(self._start_all)
 
     @property
@@ -92,9 +93,9 @@ class RayCrew:
         return [actor for life in self._lives for actor in life.actors]
 
     @property
-    def ready(self) -> list[Any]:
-        """Actors that have started."""
-        return [actor for life in self._lives if life.built for actor in life.actors]
+    def ready(self) -> dict[str, Any]:
+        """Actors that have started, by their names."""
+        return {name: actor for life in self._lives if life.built for name, actor in life.by_name.items()}
 
     def wait_until_built(self) -> None:
         """Wait until every worker has started; raises what a constructor raised."""

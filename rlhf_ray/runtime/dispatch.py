@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
+from rlhf_ray.rundir.trace import Span
 from rlhf_ray.workers.groups import Given
 
 WATCH_SECONDS = 0.5
@@ -32,6 +33,8 @@ MOST_LOSSES = 10
 
 MOST_JOINED = 8
 """Jobs that a worker is handed at once."""
+KEPT_WAITS = 10_000
+"""Newest jobs of which is known how long they waited for a worker."""
 JOINED_SHARE = 0.25
 """Of the time limit of a call, that joined jobs are to take, by how long the last ones took."""
 
@@ -56,6 +59,8 @@ class Job:
     """Where its value is, once it is there; the value may be the error that the method raised."""
     losses: int = 0
     """How often its value, or one that it needs, was lost."""
+    ready: int = 0
+    """Since when it waits for a worker, in unix nanoseconds."""
 
     def joins(self, other: Job) -> bool:
         """Whether a worker may be handed both at once."""
@@ -96,6 +101,30 @@ def give_up(jobs: Sequence[Job], error: BaseException) -> None:
         job.give_up(error)
 
 
+class Queue:
+    """Jobs on their way to workers; the dispatcher's thread changes it, and anybody may look at the numbers."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.ready: deque[Job] = deque()
+        self.under_way: dict[int, int] = {}
+        """How many jobs a worker is at, by its rank."""
+        self.waits: deque[Span] = deque(maxlen=KEPT_WAITS)
+        """How long jobs waited between being ready and being begun, the newest last."""
+
+    def put(self, *jobs: Job, first: bool = False) -> None:
+        """Add jobs that are ready."""
+        for job in jobs:
+            job.ready = time.time_ns()
+        self.ready.extendleft(reversed(jobs)) if first else self.ready.extend(jobs)
+
+    def note(self, rank: int, jobs: Sequence[Job]) -> None:
+        """Note that a worker begins with jobs."""
+        now = time.time_ns()
+        self.under_way[rank] = len(jobs)
+        self.waits.extend(Span(row=self.name, name=job.method, begun=job.ready, ended=now) for job in jobs)
+
+
 class Dispatcher:
     """Jobs in, jobs out to workers that are known by their ranks."""
 
@@ -109,7 +138,7 @@ class Dispatcher:
         self._start, self._watch, self._size = start, watch, size
         self._most = 1
         self._idle: dict[int, None] = {}  # the one that has been free for longest comes first
-        self._ready: deque[Job] = deque()
+        self.queue = Queue(name)
         self._events: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name=f"{name} dispatcher", daemon=True)
         self._thread.start()
@@ -118,7 +147,7 @@ class Dispatcher:
         """Hand the job out when everything that it needs is there and a worker is free."""
         missing = [need for need in needs if not need.done()]
         if not missing:
-            self.post(partial(self._ready.append, job))
+            self.post(partial(self.queue.put, job))
             return
         waiting, rest = [job], missing[1:]  # both let go when it is there: it may live as long as the job's arguments
         missing[0].add_done_callback(lambda _: self.submit(waiting.pop(), rest))
@@ -128,17 +157,19 @@ class Dispatcher:
 
         In the dispatcher's own thread, as are the next three.
         """
-        for job in reversed(jobs):
+        for job in jobs:
             job.joined = False
-            self._ready.appendleft(job)
+        self.queue.put(*jobs, first=True)
 
     def free(self, rank: int) -> None:
         """Say that a worker is there for a job."""
         self._idle[rank] = None
+        self.queue.under_way.pop(rank, None)
 
     def gone(self, rank: int) -> None:
         """Say that a worker is not there after all."""
         self._idle.pop(rank, None)
+        self.queue.under_way.pop(rank, None)
 
     def took(self, jobs: Sequence[Job], seconds: float, *, limit: float) -> None:
         """Note how long jobs took, so that joined ones stay far below the limit of a call."""
@@ -185,15 +216,19 @@ class Dispatcher:
             if time.monotonic() >= look:
                 self._watch()
                 look = time.monotonic() + WATCH_SECONDS
-            while self._idle and self._ready and self._events.empty():  # what else has ended may be joined
+            while self._idle and self.queue.ready and self._events.empty():  # what else has ended may be joined
                 rank = next(iter(self._idle))
                 self.gone(rank)
-                self._start(rank, self._take())
+                jobs = self._take()
+                self.queue.note(rank, jobs)
+                self._start(rank, jobs)
+                del jobs  # and what they hold on to
 
     def _take(self) -> list[Job]:
         """The first job that is ready, with a worker's share of those behind it that join it."""
-        share = min(self._most, -(-len(self._ready) // self._size))
-        jobs = [self._ready.popleft()]
-        while self._ready and len(jobs) < share and self._ready[0].joins(jobs[0]):
-            jobs.append(self._ready.popleft())
+        ready = self.queue.ready
+        share = min(self._most, -(-len(ready) // self._size))
+        jobs = [ready.popleft()]
+        while ready and len(jobs) < share and ready[0].joins(jobs[0]):
+            jobs.append(ready.popleft())
         return jobs

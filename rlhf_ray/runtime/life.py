@@ -30,6 +30,7 @@ class Life:
         send_as_arrays()
         self.rank, self.role, self.names = rank, role, names
         self.actors = [remote.remote(name, role, run) for name, remote in zip(names, remotes, strict=True)]
+        self.by_name = dict(zip(names, self.actors, strict=True))
         self.built = False
         self.jobs: list[Job] = []
         self.error: BaseException | None = None

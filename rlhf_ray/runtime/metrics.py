@@ -1,7 +1,7 @@
 """The values of a run's metrics, given to the endpoint that Ray keeps for Prometheus on every machine.
 
-A step's are set by the driver when the step ends; a worker's by its actor after every call, so that no number of
-workers loads the driver.
+A step's are set by the driver when the step ends, and how many calls wait every second; a worker's by its actor after
+every call, so that no number of workers loads the driver.
 
 Left out on purpose: names and meanings (monitoring/metrics.py).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event, Thread
 
@@ -18,7 +18,8 @@ import ray
 from ray.util.metrics import Counter, Gauge
 
 from rlhf_ray.monitoring import grafana
-from rlhf_ray.monitoring.metrics import BUSY, LABELS, MEMORY, STEP, TOKENS, Metric
+from rlhf_ray.monitoring.metrics import BUSY, LABELS, MEMORY, RUNNING, STEP, TOKENS, WAITING, Metric
+from rlhf_ray.runtime.dispatch import Queue
 from rlhf_ray.types import Usage
 
 REPEAT_SECONDS = 1.0
@@ -69,9 +70,10 @@ class Shown(Thread):
 class StepMetrics(Shown):
     """The driver's metrics of a run."""
 
-    def __init__(self, run: str) -> None:
-        self._run = run
+    def __init__(self, run: str, queues: Sequence[Queue]) -> None:
+        self._run, self._queues = run, queues
         self._gauges = {metric.name: _gauge(metric) for metric in STEP}
+        self._waiting, self._running = _gauge(WAITING), _gauge(RUNNING)
         super().__init__()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -81,6 +83,12 @@ class StepMetrics(Shown):
             if metric.key in values:
                 labels = {"run": self._run, "role": metric.role, "worker": ""}
                 self.set(self._gauges[metric.name], values[metric.key], labels)
+
+    def measure(self) -> None:
+        for queue in self._queues:
+            labels = {"run": self._run, "role": queue.name, "worker": ""}
+            self._waiting.set(len(queue.ready), labels)
+            self._running.set(sum(list(queue.under_way.values())), labels)
 
 
 class WorkerMetrics(Shown):

@@ -46,6 +46,8 @@ class TrainLoop:
         rows = len(self.data.train)
         self.order = BatchOrder(rows=rows, batch_size=config.batch_size, seed=config.seed)
         self.total = self.order.total_steps(epochs=config.epochs, max_steps=config.max_steps)
+        if config.profile_step > self.total:
+            raise ValueError(f"profile_step = {config.profile_step} is after the last step, {self.total}")
         self.step = self.tokens = 0
         self.window = Window()
         self.inputs = Inputs(self._input, ahead=AHEAD[world.device.type])

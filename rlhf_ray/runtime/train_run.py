@@ -20,6 +20,7 @@ from rlhf_ray.checkpoint import CheckpointStore, step_name
 from rlhf_ray.console import Progress
 from rlhf_ray.doctor import Doctor
 from rlhf_ray.run import Run, read_metrics
+from rlhf_ray.runtime.step_trace import RanksTrace
 from rlhf_ray.runtime.train_loop import TrainLoop
 from rlhf_ray.runtime.train_state import ClosingReport, Snapshot
 from rlhf_ray.runtime.train_step import World, gather_facts
@@ -139,7 +140,8 @@ def run_loop(loop: TrainLoop, run: Run | None, folder: Path, *, inputs: str, sho
         recorder.introduce(checkpoint)
     if checkpoint is None and loop.data.held_out:
         _evaluate(loop, recorder)
-    stopped = _steps(loop, recorder, should_stop)
+    trace = RanksTrace(folder, loop.config.profile_step, loop.world)
+    stopped = _steps(loop, recorder, trace, should_stop)
     if recorder is not None:
         if not stopped:
             recorder.report()
@@ -155,7 +157,7 @@ def _newest(recorder: Recorder | None, folder: Path, world: World) -> Path | Non
     return folder / step_name(step) if step >= 0 else None
 
 
-def _steps(loop: TrainLoop, recorder: Recorder | None, should_stop: Callable[[], bool]) -> bool:
+def _steps(loop: TrainLoop, recorder: Recorder | None, trace: RanksTrace, should_stop: Callable[[], bool]) -> bool:
     """Every remaining step, with what is due after each; whether it was stopped before the last."""
     config = loop.config
     bar = Progress(loop.objective.stage, loop.total, start=loop.step) if recorder else None
@@ -163,6 +165,7 @@ def _steps(loop: TrainLoop, recorder: Recorder | None, should_stop: Callable[[],
         if recorder is not None:
             recorder.progress = bar
         while loop.step < loop.total:
+            trace.begin(loop.step + 1)
             stop = loop.train_step(should_stop) and loop.step < loop.total
             last = loop.step == loop.total
             if last or _due(loop.step, config.log_every):
@@ -175,6 +178,7 @@ def _steps(loop: TrainLoop, recorder: Recorder | None, should_stop: Callable[[],
                 score = _evaluate(loop, recorder)
             if save and recorder is not None:
                 recorder.save(score)
+            trace.end(loop.step, recorder.run if recorder else None)
             if stop:
                 return True
     return False

@@ -52,7 +52,7 @@ class Broadcasts:
 
     def _ready(self) -> list[Any]:
         """Workers that have started and do not hang over an earlier broadcast."""
-        there = self._workers.ready
+        there = list(self._workers.ready.values())
         self._receiving = {actor: ref for actor, ref in self._receiving.items() if actor in there}
         refs = list(self._receiving.values())
         busy = ray.wait(refs, num_returns=len(refs), timeout=0)[1] if refs else []

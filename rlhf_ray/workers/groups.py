@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from rlhf_ray.profiling import span
 from rlhf_ray.types import (
     Done,
     Evaluation,
@@ -78,10 +79,14 @@ class LocalCrew:
     def call(self, method: str, *arguments: Any, given: Given | None = None, joined: bool = False) -> Done[Any]:
         """Carry out the method."""
         if given is not None and given is not self._holds:
-            getattr(self.worker, given.method)(given.value.result())
+            self._carry_out(given.method, given.value.result())
             self._holds = given
         values = [argument.value if isinstance(argument, Done) else argument for argument in arguments]
-        return Done(getattr(self.worker, method)(*values))
+        return Done(self._carry_out(method, *values))
+
+    def _carry_out(self, method: str, *arguments: Any) -> Any:
+        with span(f"{type(self.worker).__name__}.{method}"):
+            return getattr(self.worker, method)(*arguments)
 
     def aside(self, method: str, *arguments: Any) -> Any:
         """Carry out the method in the calling thread."""

@@ -26,6 +26,7 @@ from rlhf_ray.runtime.cluster import connect, ray
 from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.dispatch import MOST_LOSSES
 from rlhf_ray.runtime.placement import Request
+from rlhf_ray.runtime.step_trace import CrewsTrace
 from rlhf_ray.types import Done, Rollout, Usage
 from rlhf_ray.workers.groups import GeneratorGroup, LocalCrew
 from rlhf_ray.workers.rollout import RolloutWorker
@@ -144,12 +145,18 @@ def test_the_dead_are_replaced_as_often_as_the_run_stands_it_and_mistakes_are_no
         with pytest.raises(ObjectLostError):
             crew.call("miss", "00").result()
         assert (tmp_path / "missed").read_text() == "x" * (1 + MOST_LOSSES)
+        trace = CrewsTrace(tmp_path, 1, name="driver", crews=[crew], patience=60.0)
+        trace.begin(1)
         falls, others = crew.call("fall", "often", 3), [crew.call("fall", f"never {i}", 0) for i in range(4)]
         assert [other.result() for other in others] == [f"never {i}" for i in range(4)]
         assert falls.result() == "often"
         assert deaths.count == len(said) == 3
         for line in said:
             assert line.startswith("mortal worker ") and line.endswith("; replaced, 1 job handed out again")
+        with Run.open(tmp_path / "run", {}, resume=False) as run:
+            trace.end(1, run)
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert re.search(r"trace of step 1: .*; without mortal worker \d.*, which ended before the step did; open", log)
         last = crew.call("fall", "once", 1)
         with pytest.raises(
             GaveUp, match=r"died 4 times within 600 s, and max_restarts is 3: mortal worker \d (once|\d times)"

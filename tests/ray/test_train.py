@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -70,7 +71,7 @@ def once_saved(config: SFTConfig, act: Callable[[Path], None]) -> threading.Thre
 @pytest.fixture(scope="module")
 def undisturbed(config: SFTConfig) -> Path:
     """The newest checkpoint of a run on two workers."""
-    stages.sft(config.model_copy(update={"run": "two"}))
+    stages.sft(config.model_copy(update={"run": "two", "profile_step": 3}))
     return run_folder(config).with_name("two") / f"step_{STEPS:06d}"
 
 
@@ -84,6 +85,10 @@ def test_two_workers_give_the_weights_of_one_process(config: SFTConfig, undistur
                      for f in (run_folder(alone), undisturbed.parent))  # fmt: skip
     assert first == pytest.approx(second, abs=1e-5)
     assert not (undisturbed.parent / runtime.RAY_TRAIN).exists()
+    with gzip.open(undisturbed.parent / "trace" / "step_000003.json.gz", "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    assert [event["args"]["name"] for event in events if event["name"] == "process_name"] == ["rank 0", "rank 1"]
+    assert {event["pid"] for event in events if event["name"] == "gradient"} == {1, 2}
 
 
 def test_a_killed_worker_is_replaced_and_changes_nothing(config: SFTConfig, undisturbed: Path) -> None:

@@ -17,6 +17,7 @@ def test_numbers_spreads_answers_and_settings_are_there(tmp_path: Path) -> None:
     board.scalars(2, {"loss": 1.5, "time/step": 9.0})
     board.histograms(2, {"lengths": torch.tensor([3, 3, 9])})
     board.answers(2, [{"score": 0.12345, "response": "a | *b*\nc"}])
+    board.note(2, "look *here*")
     board.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.5)]
@@ -24,6 +25,8 @@ def test_numbers_spreads_answers_and_settings_are_there(tmp_path: Path) -> None:
     assert (spread.step, spread.histogram_value.num, spread.histogram_value.max) == (2, 3, 9)
     (text,) = events.Tensors("samples/text_summary")
     assert text.tensor_proto.string_val[0] == b"| score | response |\n| --- | --- |\n| 0.123 | a \\| \\*b\\* c |"
+    (note,) = events.Tensors("notes/text_summary")
+    assert (note.step, note.tensor_proto.string_val[0]) == (2, b"look *here*")
     kept = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(kept).session_start_info.hparams
     assert {name: value.WhichOneof("kind") for name, value in started.items()} == {

@@ -46,10 +46,17 @@ def test_a_slow_worker_gets_one_job_and_the_fast_one_the_rest() -> None:
         assert desk.begun.empty()
         desk.free(1)
         assert desk.next() == (1, method)
-    desk.free(0)
     desk.submit("f")
+    desk.dispatcher.carry_out(lambda: None)
+    queue = desk.dispatcher.queue
+    assert ([job.method for job in queue.ready], queue.under_way) == (["f"], {0: 1, 1: 1})
+    desk.free(0)
     assert desk.next() == (0, "f")
+    desk.free(0)
     desk.dispatcher.stop()
+    assert not queue.ready and queue.under_way == {1: 1}
+    assert [wait.name for wait in queue.waits] == [*"abcdef"]
+    assert all(0 < wait.begun <= wait.ended for wait in queue.waits)
 
 
 def test_a_job_waits_for_what_it_needs_and_others_pass_it() -> None:

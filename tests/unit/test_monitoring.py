@@ -26,7 +26,7 @@ def test_the_document_lists_every_metric_with_its_meaning(repository: Path) -> N
 
 
 def test_names_end_in_their_unit() -> None:
-    units = "step|seconds|second|mean|nats|ratio|tokens|updates|restarts|bytes|total"
+    units = "step|seconds|second|mean|nats|ratio|tokens|updates|restarts|jobs|bytes|total"
     assert all(re.fullmatch(rf"ray_rlhf_[a-z_]*?({units})", name) for name in EXPORTED)
 
 
