@@ -34,8 +34,10 @@ from torch import Tensor
 
 from rlhf_ray.config import PPO, LoRA
 from rlhf_ray.models import GPT2, ValueModel, preset
+from rlhf_ray.models.adapter_folders import Base
 from rlhf_ray.models.layout import Layout
 from rlhf_ray.models.scoring import autocast, compute_type
+from rlhf_ray.models.shared_base import FrozenBase
 from rlhf_ray.ops.logprobs import before, weighted_nll_sum
 from rlhf_ray.types import Experience, Rollout
 from rlhf_ray.workers.build_learner import build_policy_critic
@@ -90,7 +92,7 @@ def worker(
 
 
 def open_pair(
-    folder: Path, *, rank: int = 0, frozen: str = "float32", checkpointing: bool = False
+    folder: Path, *, rank: int = 0, frozen: str = "float32", checkpointing: bool = False, shared: bool = False
 ) -> Callable[[], PolicyCritic]:
     """What opens ``policy/`` and a critic made of ``reward/``, with these savers."""
     return partial(
@@ -105,7 +107,7 @@ def open_pair(
         compiled=False,
         checkpointing=checkpointing,
         lora=LoRA(rank=rank),
-        frozen=frozen,
+        base=FrozenBase(base=Base.of(folder / "policy", frozen=frozen), shared=shared) if rank else None,
         seed=0,
     )
 

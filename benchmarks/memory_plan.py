@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ from random_models import SIZES, write_world
 
 SAVERS: dict[str, dict[str, Any]] = {"small": {"lora": {"rank": 16}}}
 """Settings without which a size needs more than most machines have."""
+ATTEMPTS = 3
+
+
+def run(command: Sequence[str]) -> None:
+    """Run a program, and again where it fails: Ray gives its own processes 30 s to start, which a machine that
+    others use may exceed.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            run_program(command)
+        except SystemExit as error:
+            if attempt == ATTEMPTS - 1:
+                raise
+            print(f"once more, as it failed: {str(error).splitlines()[-1]}", file=sys.stderr, flush=True)
+        else:
+            return
 
 
 def measure(size: str, options: argparse.Namespace) -> list[Row]:
@@ -49,7 +66,7 @@ def measure(size: str, options: argparse.Namespace) -> list[Row]:
             ppo={"mini_batch_size": options.rows, "micro_batch_size": options.rows // 2, "epochs": 1},
             **SAVERS.get(size, {}),
         )
-        run_program([sys.executable, str(REPOSITORY / "launch" / "ppo.py"), "--config", str(file)])
+        run([sys.executable, str(REPOSITORY / "launch" / "ppo.py"), "--config", str(file)])
         content = json.loads((folder / "checkpoints" / "ppo" / "default" / "memory.json").read_text(encoding="utf-8"))
     return [
         {

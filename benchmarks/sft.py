@@ -34,6 +34,7 @@ from rlhf_ray.config import Optimiser
 from rlhf_ray.objectives.next_token import Document, NextToken, to_rows
 from rlhf_ray.runtime.train_optimiser import apply_gradients, make_optimiser
 from rlhf_ray.runtime.train_step import World, accumulate, step_input
+from rlhf_ray.shortage import micro_batch
 from rlhf_ray.tokenizer import TEMPLATES, Tokenizer
 from rlhf_ray.types import Message
 
@@ -81,8 +82,8 @@ def run_ours(options: argparse.Namespace) -> Callable[[Step], object]:
 
     def step(documents: Step) -> None:
         rows = to_rows(documents, max_length=options.longest if packing else options.length, packing=packing)
-        accumulate(objective, model, step_input(objective, rows, world, micro_batch_size=options.micro), world)
-        loss = accumulate(objective, model, step_input(objective, rows, world, micro_batch_size=options.micro), world)
+        accumulate(objective, model, step_input(objective, rows, world, micro_batch(options.micro)), world)
+        loss = accumulate(objective, model, step_input(objective, rows, world, micro_batch(options.micro)), world)
         apply_gradients(optimiser, loss, lr=LR, max_grad_norm=MAX_NORM)
 
     return step

@@ -6,6 +6,7 @@ Left out on purpose: training what is missing first, which is ``pipeline.py``'s.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def train_ppo(config: PPOConfig, startup: StartUp | None = None) -> Path:
             return folder
         run.say(f"ppo: writing to {folder}")
         _say_inputs(run, config, inputs)
+        inputs = _with_base(run, config, inputs)
         startup.done("inputs")
         try:
             _train(config, inputs, run, startup, mirror)
@@ -150,10 +152,11 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
             else:
                 deaths.note(lost.who, lost.why, "the run goes back to its last checkpoint")
             for crew in actors:
-                crew.restart() if crew.together and isinstance(lost, WorkerLost) else crew.abandon()
+                anew = isinstance(lost, WorkerLost) and (crew.together or crew.borrows)
+                crew.restart() if anew else crew.abandon()
             lost = _follow(course)
         if plan:
-            report(plan, built, run)
+            report(plan, built, run, inputs.base)
     finally:
         if shown:
             shown.close()
@@ -225,6 +228,24 @@ NOT_SETTINGS = (
     *("placement", "rollout_device", "labels", "judges", "on_divergence", "probes", "probe_every", "probe_prompts"),
 )
 """Fields that say how to start, where to compute and what to watch; a resumed run may differ in them."""
+
+
+def _with_base(run: Run, config: PPOConfig, inputs: Inputs) -> Inputs:
+    """The inputs, with a base that workers share only if its file is there; says who reads it, and who has another."""
+    if inputs.base is None or not inputs.base.shared:
+        return inputs
+    base, models = inputs.base.base, [s.source for s in config.reward_sources if s.kind == "model"]
+    try:
+        file = inputs.base.file(read_through=True)
+    except OSError as error:
+        run.say(f"memory: every process has a copy of {base.folder}: {error}")
+        return replace(inputs, base=replace(inputs.base, shared=False))
+    over = {source: base.is_under(model_folder(source)) for source in models}
+    roles = ["rollout", "learner", *(f"reward {source}" for source, shares in over.items() if shares)]
+    others = "".join(f"; {source} has weights of its own" for source, shares in over.items() if not shares)
+    size = f"{file.stat().st_size / 1e9:.2f} GB"
+    run.say(f"memory: {', '.join(roles)} read one copy of {base.folder} in {base.frozen}, {size}, {file}{others}")
+    return inputs
 
 
 def _say_inputs(run: Run, config: PPOConfig, inputs: Inputs) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rlhf_ray import console
-from rlhf_ray.config import Config, PipelineConfig, load, repository_path
+from rlhf_ray.config import Config, PipelineConfig, PPOConfig, load, repository_path
 from rlhf_ray.config.loader import REPOSITORY, C
 from rlhf_ray.config.presets import hardware_preset, preset_file
 from rlhf_ray.config.run_fields import RunFields
@@ -21,6 +21,8 @@ from rlhf_ray.failures import Diverged, GaveUp
 from rlhf_ray.runtime.environment import check_lasting
 
 SHORT = {"--quiet": "--show=lines", "--json": "--show=json"}
+SHORT_OF_PPO = {"--micro-batch-tokens": "--ppo.micro-batch-tokens"}
+"""Flags that the other stages have under the short name."""
 
 
 def main(
@@ -38,7 +40,7 @@ def main(
     # Threads that meet after every small product must not sleep at once, which costs two thirds of the speed of a small
     # model, nor spin for a millisecond, which makes them 10 times slower on a machine that does anything else.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    arguments = [SHORT.get(word, word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments = _in_full(config_class, sys.argv[1:] if argv is None else argv)
     named = any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
     preset = None if preset_stage is None or named else preset_file(preset_stage, hardware_preset())
     try:
@@ -63,6 +65,13 @@ def main(
         print(f"\n{str(error) or 'stopped'}", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def _in_full(config_class: type[Config], words: Sequence[str]) -> list[str]:
+    """A command line without short forms."""
+    short = {**SHORT, **(SHORT_OF_PPO if issubclass(config_class, PPOConfig) else {})}
+    split = [word.partition("=") for word in words]
+    return ["".join((short.get(name, name), *value)) for name, *value in split]
 
 
 def _check_lasting(config: Config) -> None:

@@ -19,10 +19,12 @@ from rlhf_ray.rewards import RewardContext
 from rlhf_ray.runtime.all_crews import wait_until_built
 from rlhf_ray.runtime.cluster import check_shared, connect, nodes, start
 from rlhf_ray.runtime.crew import RayCrew
+from rlhf_ray.runtime.loan import Loan
 from rlhf_ray.runtime.pending import Pending
 from rlhf_ray.runtime.placement import Node, Request, Seat
 from rlhf_ray.runtime.rendezvous import Rendezvous
 from rlhf_ray.runtime.weight_sync import Broadcasts
+from rlhf_ray.shortage import Portion, micro_batch
 from rlhf_ray.startup import StartUp
 from rlhf_ray.workers.build_learner import build_policy_critic
 from rlhf_ray.workers.groups import Crew, LocalCrew
@@ -33,12 +35,16 @@ from rlhf_ray.workers.reward import RewardWorker
 from rlhf_ray.workers.rollout import RolloutWorker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ROLES: dict[type[Any], str] = {
+ROLES: dict[type[Any], str] = {  # in the order in which they are built: the learner has what others may borrow
+    LearnerWorker: "learner",
     RolloutWorker: "rollout",
     RewardWorker: "reward",
     ReferenceWorker: "reference",
-    LearnerWorker: "learner",
 }
+
+
+Own = Callable[[], Sequence[dict[str, Any]]]
+"""What each worker's arguments differ in."""
 
 
 def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[str, Any]]:
@@ -47,9 +53,9 @@ def worker_arguments(config: PPOConfig, inputs: Inputs) -> dict[type[Any], dict[
     With LoRA nobody is a reference alone: it is the learner's policy without its adapters.
     """
     arguments = {
+        LearnerWorker: _learner_arguments(config, inputs),
         RolloutWorker: _rollout_arguments(config, inputs),
         RewardWorker: _reward_arguments(config, inputs),
-        LearnerWorker: _learner_arguments(config, inputs),
     }
     return arguments if config.lora.rank else {**arguments, ReferenceWorker: _reference_arguments(config, inputs)}
 
@@ -75,8 +81,15 @@ def _rollout_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "engine": generation.engine,
         "tokenizer": inputs.tokenizer if generation.stop else None,
         "lora": config.lora if config.lora.rank else None,
-        "frozen": config.memory.frozen,
+        "auto_micro_batch": config.auto_micro_batch,
+        "base": inputs.base,
     }
+
+
+def _portion(config: PPOConfig) -> Portion:
+    """What a forward pass takes."""
+    ppo = config.ppo
+    return micro_batch(ppo.micro_batch_size, ppo.micro_batch_tokens, section="ppo.", auto=config.auto_micro_batch)
 
 
 def reward_context(config: PPOConfig, inputs: Inputs) -> RewardContext:
@@ -86,10 +99,10 @@ def reward_context(config: PPOConfig, inputs: Inputs) -> RewardContext:
         prompts=inputs.all_prompts,
         device=inputs.device,
         dtype=compute_type(DTYPES[config.ppo.dtype], inputs.device),
-        micro_batch_size=config.ppo.micro_batch_size,
-        micro_batch_tokens=config.ppo.micro_batch_tokens,
+        portion=_portion(config),
         max_length=row_length(config),
         frozen=config.memory.frozen,
+        base=inputs.base,
     )
 
 
@@ -102,8 +115,7 @@ def _reference_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
     return {
         "folder": inputs.policy,
         "temperature": config.generation.temperature,
-        "micro_batch_size": config.ppo.micro_batch_size,
-        "micro_batch_tokens": config.ppo.micro_batch_tokens,
+        "portion": _portion(config),
         "device": inputs.device,
         "dtype": compute_type(DTYPES[config.ppo.dtype], inputs.device),
         "threads": config.scoring_threads,
@@ -124,7 +136,7 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         checkpointing=config.memory.activation_checkpointing,
         special={name: getattr(inputs.tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")},
         lora=config.lora,
-        frozen=config.memory.frozen,
+        base=inputs.base,
         seed=config.seed,
     )
     return {
@@ -139,6 +151,7 @@ def _learner_arguments(config: PPOConfig, inputs: Inputs) -> dict[str, Any]:
         "optimizer_bits": config.memory.optimizer_bits,
         "offload_optimizer": config.memory.offload_optimizer,
         "direct_versions": _direct_versions(config),
+        "auto_micro_batch": config.auto_micro_batch,
     }
 
 
@@ -209,6 +222,15 @@ def _own(config: PPOConfig, seats: Sequence[Seat], device: str) -> list[dict[str
     return [{"device": device if same or seat.gpus else "cpu", "share": seat.cores} for seat in seats]
 
 
+def _borrowing(loan: Loan, own: Own, arguments: Mapping[type[Any], Any], config: PPOConfig) -> dict[type[Any], Own]:
+    """The same of all workers that may be on the learner's card: its base."""
+    context, count = arguments[RewardWorker]["context"], config.num_reward_workers
+    return {
+        RolloutWorker: loan.given(own, lambda base: {"base": base}),
+        RewardWorker: loan.given(lambda: [{}] * count, lambda base: {"context": replace(context, base=base)}),
+    }
+
+
 def crews(
     config: PPOConfig, inputs: Inputs, startup: StartUp, deaths: Deaths, limits: Mapping[str, int]
 ) -> dict[type[Any], Crew]:
@@ -232,12 +254,18 @@ def crews(
     away = {seat.node.id: seat.node for role in seats.values() for seat in role if not seat.node.here}
     check_shared([inputs.policy, repository_path(config.checkpoints)], away.values())
     startup.done("ray")
-    own: dict[type[Any], Callable[[], Sequence[dict[str, Any]]]] = {
+    own: dict[type[Any], Own] = {
         RolloutWorker: partial(_own, config, seats["rollout"], inputs.device),
         LearnerWorker: Rendezvous(config.num_learners, timeout=config.timeout),
     }
-    built = {
-        worker: RayCrew(
+    lent = inputs.base if inputs.base and inputs.base.shared and inputs.device == "cuda" else None
+    built: dict[type[Any], RayCrew] = {}
+    for worker in arguments:
+        if lent and worker is RolloutWorker:
+            wait_until_built([built[LearnerWorker]])
+            own |= _borrowing(Loan(built[LearnerWorker], lent), own[worker], arguments, config)
+        role = ROLES[worker]
+        built[worker] = RayCrew(
             make[worker],
             arguments[worker],
             role=role,
@@ -249,10 +277,8 @@ def crews(
             call_timeout=config.timeout if worker is LearnerWorker else config.call_timeout,
             together=worker is LearnerWorker,
             beside=worker is RolloutWorker and _broadcasts(config, inputs.device),
+            borrows=lent is not None and worker is not LearnerWorker,
         )
-        for worker, role in ROLES.items()
-        if worker in arguments
-    }
     wait_until_built(list(built.values()))
     startup.done("workers")
     return dict(built)

@@ -14,6 +14,7 @@ from rlhf_ray import console
 from rlhf_ray.config import PPOConfig
 from rlhf_ray.crews import ROLES, device_of_roles
 from rlhf_ray.failures import WorkerLost
+from rlhf_ray.models.shared_base import FrozenBase
 from rlhf_ray.planning import choose, table
 from rlhf_ray.planning.budget import budget
 from rlhf_ray.planning.choose import Plan
@@ -25,7 +26,7 @@ from rlhf_ray.rundir.files import replace_text
 from rlhf_ray.runtime.cluster import nodes, start
 from rlhf_ray.workers.groups import Crew
 from rlhf_ray.workers.learner import LearnerWorker
-from rlhf_ray.workers.meter import peak_memory
+from rlhf_ray.workers.meter import peak_memory, resident
 
 FILE = "memory.json"
 WORTH_A_TABLE = 0.5
@@ -46,10 +47,12 @@ def fit(config: PPOConfig, inputs: Inputs, say: Callable[[str], object]) -> Plan
             gpus = sum(machine.gpus for machine in machines)
             say(f"memory: not planned, as there are {len(machines)} machines and {gpus:g} GPUs")
             return None
+    if inputs.base and not inputs.base.shared:  # as its file could not be written
+        config = choose.changed(config, {"memory.share_base": False})
     device: Device = "cuda" if found == "cuda" else "cpu"
     there, what = budget(config, device)
     longest = max(map(len, inputs.all_prompts.token_ids), default=0)
-    models = models_of(config)
+    models = models_of(config, base=inputs.base.base if inputs.base else None)
     asked = choose.Run(config=config, models=models, device=device, budget=there, longest_prompt=longest)
     plan = choose.plan(asked, what=what)
     if device == "cuda" or plan.chosen or plan.prediction.total > WORTH_A_TABLE * there:
@@ -69,14 +72,20 @@ def limits(plan: Plan | None) -> dict[str, int]:
     return {need.role: int(more * need.peak) - need.base for need in known}
 
 
-def report(plan: Plan, built: Mapping[type[Any], Crew], run: Run) -> None:
-    """Say how much memory every role took at most, beside what was predicted, and keep it in the run's folder."""
-    found: dict[str, dict[str, Any]] = {"run": {"predicted": plan.prediction.total, "measured": peak_memory()}}
+def report(plan: Plan, built: Mapping[type[Any], Crew], run: Run, common: FrozenBase | None) -> None:
+    """Say how much memory every role took at most, beside what was predicted, and keep it in the run's folder.
+
+    With it is kept what had to be made smaller because memory did not suffice.
+    """
+    mapped = resident(common.file()) if common and common.shared and plan.prediction.device == "cpu" else 0
+    alone = {"predicted": plan.prediction.total, "measured": peak_memory() + mapped}
+    found: dict[str, dict[str, Any]] = {"run": alone}
+    reduced = {ROLES[worker]: dict(crew.usage().reduced) for worker, crew in built.items()}
     if not plan.prediction.together:
         found = {
             need.role: {"processes": need.processes, "phase": need.phase, "predicted": need.peak, "measured": measured}
             for need in plan.prediction.needs
-            if (measured := _measured(need.role, built)) is not None
+            if (measured := mapped if need.role == "base" else _measured(need.role, built)) is not None
         }
     for role, values in found.items():
         base = max(need.base for need in plan.prediction.needs if role in ("run", need.role))
@@ -87,6 +96,7 @@ def report(plan: Plan, built: Mapping[type[Any], Crew], run: Run) -> None:
         "budget": plan.budget,
         "predicted": plan.prediction.total,
         "chosen": dict(plan.chosen),
+        "reduced": {role: settings for role, settings in reduced.items() if settings},
         "roles": found,
     }
     replace_text(run.folder / FILE, json.dumps(content, indent=2) + "\n")

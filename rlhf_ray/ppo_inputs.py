@@ -11,8 +11,10 @@ from rlhf_ray.data.prompt_set import PromptSet, tokenise_prompts
 from rlhf_ray.data.readers import read_prompts
 from rlhf_ray.functions import load_function
 from rlhf_ray.generation.load import find_device, recorded_template
+from rlhf_ray.models.adapter_folders import Base
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.hf_weights import read_config
+from rlhf_ray.models.shared_base import FrozenBase
 from rlhf_ray.rewards import reward_model_folder
 from rlhf_ray.tokenizer import TEMPLATES, Tokenizer
 
@@ -31,6 +33,8 @@ class Inputs:
     critic_init: Path | None
     """Reward model that the critic starts from; None starts it from the policy."""
     device: str
+    base: FrozenBase | None
+    """The policy below adapters, where these learn."""
 
     @property
     def all_prompts(self) -> PromptSet:
@@ -66,7 +70,14 @@ def read_inputs(config: PPOConfig) -> Inputs:
         probes=probes.spread(config.probes),
         critic_init=_critic_init(config, tokenizer),
         device=find_device(config.device).type,
+        base=_base(config, policy),
     )
+
+
+def _base(config: PPOConfig, policy: Path) -> FrozenBase | None:
+    if not config.lora.rank:
+        return None
+    return FrozenBase(base=Base.of(policy, frozen=config.memory.frozen), shared=config.memory.share_base)
 
 
 def _read_prompts(config: PPOConfig, path: Path, tokenizer: Tokenizer) -> PromptSet:

@@ -35,6 +35,7 @@ from rlhf_ray.profiling import Trace
 from rlhf_ray.roles import Generator, J, Roles, S, Stateful
 from rlhf_ray.run import Run
 from rlhf_ray.samples import histograms, sample_rows, texts
+from rlhf_ray.shortage import reduction
 from rlhf_ray.startup import StartUp
 from rlhf_ray.storage import Mirror
 from rlhf_ray.tokenizer import Tokenizer, write_hf_tokenizer
@@ -95,6 +96,7 @@ class RLRun:
         self._done = self._last_saved = 0
         self._open = ExitStack()
         self._stopping = False
+        self._reduced: dict[tuple[str, str], int] = {}
         self._saving: Future[None] | None = None
         self._ahead: deque[Shards[Rollout]] = deque()
         self._tracked: dict[str, Stateful] = {}
@@ -207,6 +209,11 @@ class RLRun:
             "learner": self.roles.learner.usage,
         }
         usage = {role: ask() for role, ask in roles.items()}
+        reduced = {(role, name): size for role, used in usage.items() for name, size in used.reduced.items()}
+        for (role, name), size in reduced.items():
+            if self._reduced.get((role, name)) != size:
+                self.run.say(reduction(role, name, size))
+        self._reduced = reduced
         elapsed = perf_counter() - self._started
         return {
             **{f"perf/tokens_per_second/{role}": used.tokens_per_second for role, used in usage.items()},

@@ -9,8 +9,8 @@ handle is anything with ``result()``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -183,6 +183,8 @@ class Usage:
     workers: int = 1
     peak_bytes: int = 0
     """Most memory that a worker's process has had since it began."""
+    reduced: Mapping[str, int] = field(default_factory=dict)
+    """Settings that were made smaller because memory did not suffice, and what they are now."""
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -190,6 +192,10 @@ class Usage:
             seconds=self.seconds + other.seconds,
             workers=self.workers + other.workers,
             peak_bytes=max(self.peak_bytes, other.peak_bytes),
+            reduced={
+                name: min(used.reduced[name] for used in (self, other) if name in used.reduced)
+                for name in {**self.reduced, **other.reduced}
+            },
         )
 
     @property

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from rlhf_ray.native.build import cache_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -15,6 +18,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def _one_thread() -> None:
     """Small tensors are faster on one thread, and float32 sums are then equal between processes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is kept for later runs is not kept among the user's own; the compiled library is taken from there."""
+    folder = tmp_path_factory.mktemp("cache")
+    for file in cache_folder().glob("*.so"):
+        (folder / file.name).symlink_to(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_RAY_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 # Each part may import those above it in this list and itself; parts of one line do not import each other.
 LAYERS = [
     "config console failures profiling startup types",  # what a user may set, what a person sees, what flows
-    "functions native ops roles rundir",  # maths on tensors; protocols; a run's files, one by one
+    "functions native ops roles rundir shortage",  # maths on tensors; protocols; a run's files, one by one
     "doctor live monitoring storage",
     "uploads",
     "checkpoint run tokenizer",

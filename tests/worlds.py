@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from rlhf_ray.algorithms.ppo import credit
-from rlhf_ray.config import PPOConfig, SFTConfig
+from rlhf_ray.config import LoRA, PPOConfig, SFTConfig
 from rlhf_ray.crews import worker_arguments
 from rlhf_ray.data.prompts import PromptStream
+from rlhf_ray.models.adapter_folders import ADAPTER, Base, save_adapter, save_bases
 from rlhf_ray.models.gpt2 import GPT2, GPT2Config
 from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.hf_weights import save_policy, save_reward_model
+from rlhf_ray.models.hf_weights import load_policy, save_policy, save_reward_model
+from rlhf_ray.models.lora import merged, with_adapters
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.tokenizer import Tokenizer, train_bpe, write_hf_tokenizer
 from rlhf_ray.types import Experience, Judged, Rollout
@@ -46,6 +48,17 @@ def make_world(folder: Path, *, eos_logit: float = 3.8) -> Tokenizer:
     rows = [{"prompt": f"{line} {i}", "number": i} for i, line in enumerate(LINES)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return tokenizer
+
+
+def adapt_reward(folder: Path) -> None:
+    """Have ``reward/`` be a reward model that was trained as adapters over ``policy/``."""
+    base, lora, tokenizer = Base.of(folder / "policy"), LoRA(rank=2), Tokenizer.load(folder / "reward")
+    model = ValueModel(with_adapters(load_policy(folder / "policy"), lora, seed=3))
+    stir(model.trunk.h)
+    special = {name: getattr(tokenizer, name) for name in ("pad_id", "bos_id", "eos_id")}
+    save_reward_model(merged(model), folder / "reward", **special)
+    save_adapter(model, folder / "reward" / ADAPTER, lora, base)
+    save_bases(folder / "reward", {"policy": base})
 
 
 def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
@@ -116,10 +129,10 @@ def policy_weights(workers: Workers) -> torch.Tensor:
 
 
 def stir(module: torch.nn.Module, *, scale: float = 0.02) -> None:
-    """Move every parameter a little, the same way each time."""
+    """Move every parameter that learns a little, the same way each time."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in filter(lambda x: x.requires_grad, module.parameters()):
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 

@@ -15,7 +15,7 @@ def _number(given: object) -> object:
 
 
 class Memory(Section):
-    """Savers of memory, all off."""
+    """Savers of memory; those that cost something are off."""
 
     activation_checkpointing: bool = False
     """Compute every block's forward pass again in the backward pass instead of keeping what it made: a third more
@@ -27,6 +27,8 @@ class Memory(Section):
     frozen: Literal["float32", "bfloat16", "int8", "int4"] = "float32"
     """Storage of the weights that never learn: those of reference and reward model, and the base of a LoRA run. The KL
     is measured from the reference as it is kept."""
+    share_base: bool = True
+    """In PPO with adapters all processes of a machine, or on a card, read one copy of the weights below them."""
     sleep: bool = False
     """Roles give back, while they are idle, what they can make again: what their allocators keep and, unless
     max_staleness keeps it busy, generation's cache."""

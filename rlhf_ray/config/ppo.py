@@ -74,7 +74,7 @@ class PPO(Section):
     micro_batch_size: int = Field(16, ge=1)
     """Rows of one forward pass."""
     micro_batch_tokens: int = Field(0, ge=0)
-    """Instead, tokens of one forward pass, prompt and response; 0 lets rows decide."""
+    """Instead, tokens of one forward pass, prompt and response; 0 lets rows decide. Short: --micro-batch-tokens."""
     lr: float = Field(1e-5, gt=0)
     value_lr: float = Field(0.0, ge=0)
     """Learning rate of a separate critic; 0 takes the policy's."""
@@ -261,6 +261,11 @@ class PPOConfig(RunFields):
             raise ValueError(
                 f"sharding = {self.sharding} shares out moments of 32 bits, and leaves them where they are: take "
                 "memory.optimizer_bits 32 without memory.offload_optimizer, or --sharding none"
+            )
+        if self.auto_micro_batch and self.sharding != "none":
+            raise ValueError(
+                f"auto_micro_batch and sharding = {self.sharding} exclude each other: ranks that hold parts must "
+                "compute equally often; take --sharding none, or a smaller ppo.micro_batch_size"
             )
         if self.lora.rank and self.sharding != "none":
             raise ValueError(

@@ -12,8 +12,8 @@ from rlhf_ray.config.loader import Config
 HOW_TO_RUN = frozenset(
     {
         *("resume", "allow_config_change", "overwrite", "keep", "keep_every", "mirror", "show", "report"),
-        "profile_step",
-        *("memory.activation_checkpointing", "memory.offload_optimizer", "memory.sleep"),
+        *("auto_micro_batch", "profile_step"),
+        *("memory.activation_checkpointing", "memory.offload_optimizer", "memory.sleep", "memory.share_base"),
     }
 )
 """Fields that say how to start and compute and where to keep; a resumed run may differ in them."""
@@ -47,5 +47,8 @@ class RunFields(Config):
     """Write report.html into the run's folder when it ends."""
     profile_step: int = Field(0, ge=0)
     """Step whose trace is written to trace/ in the run's folder, for Perfetto (docs/MONITORING.md); 0 is none."""
+    auto_micro_batch: bool = False
+    """Where a role's memory does not suffice, halve what goes through its model at once and do the same again, instead
+    of ending with an error that says what to change."""
     max_bad_rows: int = Field(0, ge=0)
     """Malformed data rows to skip before the run stops."""

@@ -62,6 +62,8 @@ class TrainConfig(RunFields):
     """Rows of one optimiser step, over all workers."""
     micro_batch_size: int = Field(32, ge=1)
     """Rows of one forward pass of one worker."""
+    micro_batch_tokens: int = Field(0, ge=0)
+    """Instead, tokens of one forward pass, rows of like length together; 0 lets rows decide."""
     max_length: int = Field(256, ge=2)
     """Tokens of a row; longer rows are cut or dropped, and counted."""
     held_out: float = Field(0.02, ge=0, lt=1)

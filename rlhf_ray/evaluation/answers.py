@@ -18,6 +18,7 @@ from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.scoring import in_micro_batches, policy_logprobs
 from rlhf_ray.rewards.base import response_texts
+from rlhf_ray.shortage import micro_batch
 from rlhf_ray.tokenizer import Tokenizer
 from rlhf_ray.types import Rollout
 
@@ -63,7 +64,7 @@ def sequence_kl(rollout: Rollout, policy: GPT2, baseline: GPT2, *, temperature: 
         def score(micro: Rollout) -> Tensor:
             return policy_logprobs(model, micro, temperature=temperature, dtype=torch.float32)
 
-        return in_micro_batches(rollout, batch_size, score)  # (B, T)
+        return in_micro_batches(rollout, micro_batch(batch_size), score)  # (B, T)
 
     return (logprobs(policy) - logprobs(baseline)).sum(1)
 
@@ -77,7 +78,7 @@ def reward_scores(rollout: Rollout, reward_model: ValueModel, *, batch_size: int
         scores: Tensor = reward_model(micro.tokens.to(device), micro.attention_mask.to(device))
         return scores.float()
 
-    return in_micro_batches(rollout, batch_size, score)
+    return in_micro_batches(rollout, micro_batch(batch_size), score)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

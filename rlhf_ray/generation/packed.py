@@ -1,17 +1,21 @@
-"""A GPT-2 for generation on a CPU: every projection's weight reordered once for oneDNN, the GELU fused.
+"""A GPT-2 in the form that plain torch generates with.
 
-Reordered weights make a decode step more than twice as fast in float32.  Left out on purpose: GPUs, where the
-model is used as it is, and gradients.
+On a CPU every projection's weight is reordered once for oneDNN, adapters merged into it, and the GELU is fused: a
+decode step is more than twice as fast in float32.  Elsewhere the model is used as it is, its adapters beside a base
+that other processes may use too.  Left out on purpose: gradients.
 """
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_ray.models.gpt2 import GPT2, MLP
+from rlhf_ray.models.lora import LoRALinear, sharing
+from rlhf_ray.models.quantised import FrozenLinear
+from rlhf_ray.models.scoring import autocast
 
 ROWS_HINT = 64
 """Rows that the reordered layout is chosen for; any number of rows may be multiplied."""
@@ -53,15 +57,36 @@ def packable(model: GPT2) -> bool:
 
 def pack(model: GPT2) -> PackedGPT2:
     """A copy for inference that shares the embeddings and norms, and holds the projections reordered."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    packed: PackedGPT2 = copy.deepcopy(model, shared)  # type: ignore[assignment]
+    packed: PackedGPT2 = sharing(model)  # type: ignore[assignment]
     packed.__class__ = PackedGPT2
-    for module in list(packed.modules()):
+    dtype = model.wte.weight.dtype
+    for module in [module for module in packed.modules() if not isinstance(module, LoRALinear)]:
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear | LoRALinear | FrozenLinear):
                 gelu = isinstance(module, MLP) and name == "c_fc"
-                setattr(module, name, PackedLinear(child.weight, child.bias, gelu=gelu))
+                setattr(module, name, PackedLinear(child.weight.to(dtype), child.bias.to(dtype), gelu=gelu))
         if isinstance(module, MLP):
             module.act = nn.Identity()
     packed.head = PackedLinear(model.wte.weight, None)
     return packed.eval()
+
+
+class MixedGPT2(GPT2):
+    """A GPT-2 that computes in its embeddings' type, whatever types its layers are kept in."""
+
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
+        """As of any GPT-2."""
+        with autocast(tokens.device, self.wte.weight.dtype):
+            return super().forward(tokens, **options)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of hidden states (..., D)."""
+        return super().logits(hidden.to(self.wte.weight.dtype))
+
+
+def as_it_is(model: GPT2) -> GPT2:
+    """A copy for inference that shares every weight."""
+    runner = sharing(model)
+    if any(parameter.dtype != model.wte.weight.dtype for parameter in model.parameters()):
+        runner.__class__ = MixedGPT2
+    return runner.eval()

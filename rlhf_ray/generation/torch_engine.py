@@ -9,7 +9,6 @@ Left out on purpose: paging, prefix sharing and speculative decoding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 
 from rlhf_ray.generation.decode import DecodeStep
 from rlhf_ray.generation.graphs import Graphs
-from rlhf_ray.generation.packed import pack, packable
+from rlhf_ray.generation.packed import as_it_is, pack, packable
 from rlhf_ray.generation.record import Record
 from rlhf_ray.generation.requests import Completion, Engine, Stops, check_requests
 from rlhf_ray.generation.sampling import Sampling
@@ -130,8 +129,7 @@ class TorchEngine(Engine):
         copied = packable(self.model)
         stamp = [(id(p), p.data_ptr(), p._version if copied else 0) for p in self.model.parameters()]
         if self._runner is None or stamp != self._stamp:
-            shared = {id(p): p for p in self.model.parameters()}
-            self._runner = pack(self.model) if copied else copy.deepcopy(self.model, shared).eval()
+            self._runner = pack(self.model) if copied else as_it_is(self.model)
             self._stamp, self._run = stamp, None
         return self._runner
 

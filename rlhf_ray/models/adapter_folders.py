@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from rlhf_ray.config.lora import LoRA
 from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.heads import ValueModel
-from rlhf_ray.models.hf_weights import PREFIX
-from rlhf_ray.models.lora import LAYERS, adapted_layers
+from rlhf_ray.models.hf_weights import PREFIX, read_normaliser
+from rlhf_ray.models.lora import LAYERS, adapted_layers, with_adapters
 from rlhf_ray.rundir.files import CheckpointError, read_json
 from rlhf_ray.rundir.fit import tensor_faults
 
@@ -50,19 +50,36 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Base:
-    """A model under an adapter: where it is, and the SHA-256 of its files."""
+    """A model under an adapter: where it is, the SHA-256 of its files, and how its weights are kept."""
 
     folder: Path
     sha256: str
+    frozen: str = "float32"
 
     @classmethod
-    def of(cls, folder: Path) -> Base:
+    def of(cls, folder: Path, *, frozen: str = "float32") -> Base:
         """Read a model folder's configuration, which a reward model's normaliser is in, and its weights through."""
         total = hashlib.sha256()
         for path in [folder / "config.json", *sorted(folder.glob("model*.safetensors"))]:
             with path.open("rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
-        return cls(folder=folder, sha256=total.hexdigest())
+        return cls(folder=folder, sha256=total.hexdigest(), frozen=frozen)
+
+    def is_under(self, folder: Path) -> bool:
+        """Whether what a folder holds can be opened as adapters over this model: they were trained over these weights,
+        whole or kept in the same way.
+        """
+        if not ((folder / BASES).is_file() and (folder / ADAPTER / WEIGHTS).is_file()):
+            return False
+        known = read_json(folder / BASES).get("policy", {})
+        return known.get("sha256") == self.sha256 and known.get("frozen", "float32") in ("float32", self.frozen)
+
+
+def base_folder(folder: Path) -> Path | None:
+    """Where the policy was that a folder's adapters were trained over; None of one without."""
+    if not (folder / BASES).is_file():
+        return None
+    return Path(read_json(folder / BASES).get("policy", {}).get("folder", ""))
 
 
 def save_adapter(model: GPT2 | ValueModel, folder: Path, lora: LoRA, base: Base) -> None:
@@ -103,6 +120,17 @@ def load_adapter(model: GPT2 | ValueModel, folder: Path) -> None:
         parameter.copy_(state[name])
 
 
+def reward_model_over(policy: GPT2, folder: Path) -> ValueModel:
+    """The reward model of a folder as its adapters over the policy's own weights, which `Base.is_under` allows; its
+    trunk is frozen.
+    """
+    model = ValueModel(with_adapters(policy, read_lora(folder / ADAPTER), seed=0))
+    load_adapter(model, folder / ADAPTER)
+    read_normaliser(model, folder)
+    model.trunk.requires_grad_(False)
+    return model
+
+
 def read_lora(folder: Path) -> LoRA:
     """Rank, alpha and targets of a PEFT folder; ValueError when it is no plain LoRA of a GPT-2."""
     config = read_json(folder / CONFIG)
@@ -118,7 +146,7 @@ def read_lora(folder: Path) -> LoRA:
 
 def save_bases(folder: Path, bases: Mapping[str, Base]) -> None:
     """Write down which weights a checkpoint's adapters belong to."""
-    named = {role: {"folder": str(base.folder), "sha256": base.sha256} for role, base in bases.items()}
+    named = {role: {**asdict(base), "folder": str(base.folder)} for role, base in bases.items()}
     (folder / BASES).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
+from rlhf_ray.models.blank import blank
 from rlhf_ray.models.gpt2 import GPT2, INIT_STD, GPT2Config
 from rlhf_ray.models.heads import ValueModel
 from rlhf_ray.models.quantised import freeze
@@ -68,13 +68,21 @@ def load_policy(
     one. ValueError, naming what is wrong, for a folder that is not this model, or one with more than
     ``vocab_size`` rows.
     """
-    config, tensors = _read(Path(folder))
-    state = _from_hf(tensors, Path(folder))
-    head = state.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
-        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only a tied head can be loaded")
+    config, state = _read_policy(Path(folder))
     model = _build(config, state, Path(folder), device=device, dtype=dtype, frozen=frozen)
     return model if vocab_size is None else _grow(model, vocab_size, Path(folder))
+
+
+def policy_state(folder: Path) -> dict[str, Tensor]:
+    """A language model's parameters by name, views of its mapped files; ValueError as of ``load_policy``."""
+    config, state = _read_policy(folder)
+    _check(state, blank(_gpt2_config(config, folder), torch.float32), folder)
+    return state
+
+
+def read_normaliser(model: ValueModel, folder: Path) -> None:
+    """Give a reward model the normaliser that its folder's configuration holds."""
+    _normalise(model, _read_json(folder / CONFIG))
 
 
 def save_reward_model(model: ValueModel, folder: Path | str, *, pad_id: int, bos_id: int, eos_id: int) -> None:
@@ -112,9 +120,13 @@ def load_reward_model(
         raise ValueError(f"{folder}: score.weight is {list(score.shape)}, expected {list(model.score.weight.shape)}")
     with torch.no_grad():
         model.score.weight.copy_(score)
-        model.reward_gain.fill_(config.get("reward_gain", 1.0))
-        model.reward_bias.fill_(config.get("reward_bias", 0.0))
+    _normalise(model, config)
     return model
+
+
+def _normalise(model: ValueModel, config: dict[str, Any]) -> None:
+    model.reward_gain.fill_(config.get("reward_gain", 1.0))
+    model.reward_bias.fill_(config.get("reward_bias", 0.0))
 
 
 def _config_json(model: GPT2, architecture: str, *, pad_id: int, bos_id: int, eos_id: int) -> dict[str, Any]:
@@ -177,6 +189,16 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> 
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _read_policy(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A language model's configuration and parameters."""
+    config, tensors = _read(folder)
+    state = _from_hf(tensors, folder)
+    head = state.pop("lm_head.weight", None)
+    if head is not None and "wte.weight" in state and not torch.equal(head, state["wte.weight"]):
+        raise ValueError(f"{folder}: lm_head.weight differs from wte.weight; only a tied head can be loaded")
+    return config, state
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The folder's configuration and tensors, every shard of them."""
     config = _read_json(folder / CONFIG)
@@ -237,35 +259,25 @@ def _build(
     frozen: str,
 ) -> GPT2:
     """A model with the given parameters; dropout is off, as in everything but pre-training."""
-    model = _blank(_gpt2_config(config, folder), dtype)
-    problems = tensor_faults(state, dict(model.named_parameters()))
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{folder}: the tensors don't fit {CONFIG}: {'; '.join(problems[:5])}{more}")
+    model = blank(_gpt2_config(config, folder), dtype)
+    _check(state, model, folder)
     if frozen == "float32":
         state = {name: tensor.to(device=device, dtype=dtype).contiguous() for name, tensor in state.items()}
     model.load_state_dict(state, assign=True)
     if frozen != "float32":
         assert dtype == torch.float32, f"frozen in {frozen}, computed in {dtype}"
         freeze(model, frozen, device)  # straight from the file, a matrix at a time
+        for parameter in model.parameters():  # small ones, which as views would keep the file mapped
+            parameter.data = parameter.data.clone()
     return model
 
 
-def _blank(config: GPT2Config, dtype: torch.dtype) -> GPT2:
-    """A model whose parameters are shapes alone, to be given their values."""
-    with torch.device("meta"), _WithoutInitialisation():
-        return GPT2(config, device="meta", dtype=dtype)
-
-
-class _WithoutInitialisation(TorchFunctionMode):
-    """Skips random initialisation, which on tensors without values imports torch.compile's machinery, for seconds."""
-
-    skipped = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.skipped:
-            return None
-        return func(*args, **(kwargs or {}))
+def _check(state: dict[str, Tensor], model: GPT2, folder: Path) -> None:
+    """ValueError naming the tensors that are not those of the model."""
+    problems = tensor_faults(state, dict(model.named_parameters()))
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{folder}: the tensors don't fit {CONFIG}: {'; '.join(problems[:5])}{more}")
 
 
 def _grow(model: GPT2, vocab_size: int, folder: Path) -> GPT2:
@@ -277,6 +289,6 @@ def _grow(model: GPT2, vocab_size: int, folder: Path) -> GPT2:
         return model
     mean = old.float().mean(0, keepdim=True).to(old.dtype).expand(vocab_size - len(old), -1)
     state = model.state_dict() | {"wte.weight": torch.cat([old, mean])}
-    grown = _blank(replace(model.config, vocab_size=vocab_size), old.dtype)
+    grown = blank(replace(model.config, vocab_size=vocab_size), old.dtype)
     grown.load_state_dict(state, assign=True)
     return grown

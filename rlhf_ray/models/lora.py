@@ -34,20 +34,22 @@ LAYERS: dict[Target, tuple[str, str]] = {
 
 
 class LoRALinear(nn.Module):
-    """A linear layer, its weight whole or packed, and its adapter."""
+    """A linear layer, its weight whole, packed or adapted already, and its adapter."""
 
-    base: nn.Linear | FrozenLinear
+    base: nn.Linear | FrozenLinear | LoRALinear
+    in_features: int
+    out_features: int
 
-    def __init__(self, base: nn.Linear | FrozenLinear, lora: LoRA, generator: torch.Generator) -> None:
+    def __init__(self, base: nn.Linear | FrozenLinear | LoRALinear, lora: LoRA, generator: torch.Generator) -> None:
         """A is uniform within 1 / sqrt(in), B zero; both float32, on the base's device."""
         super().__init__()
-        out_features, in_features = base.weight.shape
-        device, bound = base.weight.device, 1 / math.sqrt(in_features)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        device, bound = base.bias.device, 1 / math.sqrt(self.in_features)
         self.base = base
         self.scale = lora.alpha / lora.rank
-        narrow = torch.empty(lora.rank, in_features).uniform_(-bound, bound, generator=generator)
+        narrow = torch.empty(lora.rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.A = nn.Parameter(narrow.to(device))
-        self.B = nn.Parameter(torch.zeros(out_features, lora.rank, device=device))
+        self.B = nn.Parameter(torch.zeros(self.out_features, lora.rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -86,7 +88,7 @@ def with_adapters(base: GPT2, lora: LoRA, *, seed: int) -> GPT2:
 
     Equal seeds give equal adapters, on any device.
     """
-    adapted = _sharing(base.requires_grad_(False))
+    adapted = sharing(base.requires_grad_(False))
     generator = torch.Generator().manual_seed(seed)
     for block in adapted.h:
         assert isinstance(block, Block)
@@ -97,8 +99,10 @@ def with_adapters(base: GPT2, lora: LoRA, *, seed: int) -> GPT2:
 
 
 def adapted_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Every layer with an adapter and its name, in the model's order."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, LoRALinear))
+    """Every layer with an adapter and its name, in the model's order; of two adapters at one place the later one."""
+    inner = {id(layer.base) for layer in module.modules() if isinstance(layer, LoRALinear)}
+    parts = module.named_modules()
+    return ((name, layer) for name, layer in parts if isinstance(layer, LoRALinear) and id(layer) not in inner)
 
 
 def published(policy: GPT2) -> nn.Module:
@@ -111,7 +115,7 @@ def merged(module: M) -> M:
     """The module with plain layers for adapted and for packed ones, all other weights shared; itself without any."""
     if not any(isinstance(part, (LoRALinear, FrozenLinear)) for part in module.modules()):
         return module
-    plain = _sharing(module)
+    plain = sharing(module)
     for part in list(plain.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, LoRALinear | FrozenLinear) and not isinstance(part, LoRALinear):
@@ -122,11 +126,13 @@ def merged(module: M) -> M:
     return plain
 
 
-@torch.no_grad()
-def merge_into(plain: nn.Module, module: nn.Module) -> None:
-    """Bring what ``merged`` has made of a module up to date, in place."""
-    for name, layer in adapted_layers(module):
-        plain.get_parameter(f"{name}.weight").copy_(layer.weight)
+def with_plain_embeddings(model: GPT2, dtype: torch.dtype) -> GPT2:
+    """The model with embeddings in ``dtype`` that are packed no longer, all else shared."""
+    plain = sharing(model)
+    for name in ("wte", "wpe"):
+        table = getattr(model, name).weight.float().to(dtype)
+        setattr(plain, name, nn.Embedding.from_pretrained(table.detach()))
+    return plain
 
 
 def learned_state(module: nn.Module) -> dict[str, Tensor]:
@@ -137,6 +143,6 @@ def learned_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: state[name] for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _sharing(module: M) -> M:
+def sharing(module: M) -> M:
     """A copy with the very parameters and buffers of the module."""
     return copy.deepcopy(module, {id(x): x for x in (*module.parameters(), *module.buffers())})

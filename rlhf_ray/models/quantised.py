@@ -11,12 +11,11 @@ Left out on purpose: products in integers, calibration on data, and training of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -43,17 +42,20 @@ class Packed:
         """A matrix (N, K) as bfloat16, int8 or int4; ValueError when 32 does not divide K for the last."""
         if kind == "bfloat16":
             return cls(x.to(torch.bfloat16).contiguous(), x.new_empty(len(x), 0, dtype=torch.float32))
+        if kind == "int4" and x.shape[1] % GROUP:
+            raise ValueError(
+                f"memory.frozen = int4 needs a width that {GROUP} divides; this model has one of {x.shape[1]}"
+            )
+        codes, scales = zip(*(_rounded(rows, kind) for rows in x.split(_rows_at_once(x))), strict=True)
+        return cls(torch.cat(codes), torch.cat(scales))
+
+    @classmethod
+    def blank(cls, x: Tensor, kind: str) -> Packed:
+        """What ``of`` makes of a matrix (N, K), its values yet to come, on torch's meta device."""
         N, K = x.shape
-        if kind == "int4" and K % GROUP:
-            raise ValueError(f"memory.frozen = int4 needs a width that {GROUP} divides; this model has one of {K}")
-        most = {"int8": 127, "int4": 7}[kind]
-        groups = x.float().reshape(N, 1 if kind == "int8" else K // GROUP, -1)  # (N, groups, columns)
-        scales = groups.abs().amax(2) / most  # (N, groups)
-        codes = (groups / scales.clamp(min=1e-30)[..., None]).round_().to(torch.int8).view(N, K)
-        if kind == "int4":
-            low, high = (codes + 8).to(torch.uint8).chunk(2, dim=1)
-            codes = low | high << 4
-        return cls(codes, scales)
+        columns, groups = {"bfloat16": (K, 0), "int8": (K, 1), "int4": (K // 2, K // GROUP)}[kind]
+        dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}[kind]
+        return cls(torch.empty(N, columns, dtype=dtype, device="meta"), torch.empty(N, groups, device="meta"))
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +83,12 @@ class Packed:
             return codes.to(dtype)
         if codes.dtype == torch.uint8:
             codes = torch.cat([codes & 15, codes >> 4], dim=1).to(torch.int8) - 8
-        groups = codes.float().view(*scales.shape, -1).mul_(scales[..., None])
+        groups = codes.view(*scales.shape, -1) * scales[..., None]
         return groups.view(len(codes), -1).to(dtype)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """All rows, a block at a time, and where they are."""
-        size = max(1, BLOCK[self.device.type] // self.shape[1])
+        size = _rows_at_once(self)
         for start in range(0, len(self), size):
             rows = slice(start, min(start + size, len(self)))
             yield rows, self.rows(rows, dtype)
@@ -94,6 +96,23 @@ class Packed:
     def float(self) -> Tensor:
         """The whole matrix (N, K) in float32."""
         return self.rows(slice(None))
+
+
+def _rows_at_once(x: Tensor | Packed) -> int:
+    """Rows of a matrix (N, K) that are a block."""
+    return max(1, BLOCK[x.device.type] // x.shape[1])
+
+
+def _rounded(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix (N, K) as int8 or int4."""
+    N, K = x.shape
+    groups = x.float().reshape(N, 1 if kind == "int8" else K // GROUP, -1)  # (N, groups, columns)
+    scales = groups.abs().amax(2) / {"int8": 127, "int4": 7}[kind]  # (N, groups)
+    codes = (groups / scales.clamp(min=1e-30)[..., None]).round_().to(torch.int8).view(N, K)
+    if kind == "int4":
+        low, high = (codes + 8).to(torch.uint8).chunk(2, dim=1)
+        codes = low | high << 4
+    return codes, scales
 
 
 class _Frozen(nn.Module):
@@ -125,6 +144,16 @@ class FrozenLinear(_Frozen):
         """(out, in) float32, unpacked at every look."""
         return self.packed.float()
 
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return self.packed.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.packed.shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in autocast's type."""
         out: Tensor = _Product.apply(x, self.packed, product_type(x.device))
@@ -151,8 +180,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Packed, dtype: torch.dtype) -> Tensor:
         ctx.weight, ctx.type = weight, x.dtype
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        parts = [F.linear(flat, block) for _, block in weight.blocks(dtype)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).view(*x.shape[:-1], -1)
+        out = flat.new_empty(len(flat), len(weight))  # before the blocks, which then leave no holes below it
+        for rows, block in weight.blocks(dtype):
+            if len(block) == len(weight):
+                torch.mm(flat, block.t(), out=out)
+            else:
+                out[:, rows] = flat @ block.t()
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
@@ -166,13 +200,28 @@ class _Product(torch.autograd.Function):
 
 def freeze(model: GPT2, kind: str, device: torch.device | str) -> None:
     """Pack every projection and the embedding of a model, one after the other; all of it goes to ``device``."""
+    _replace(model, kind, lambda weight, kept: Packed.of(weight.to(device), kept))
+    model.to(device).requires_grad_(False)
+
+
+def freeze_blank(model: GPT2, kind: str) -> None:
+    """Give a model without values the modules of a frozen one, without values too."""
+    _replace(model, kind, Packed.blank)
+
+
+def packed_kind(owner: str, kind: str) -> str:
+    """How the matrix of a module is packed in a model that is frozen as ``kind``: the embedding in 8 bits at least."""
+    return "int8" if owner == "wte" and kind == "int4" else kind
+
+
+def _replace(model: GPT2, kind: str, pack: Callable[[Tensor, str], Packed]) -> None:
+    """Have packed modules in the place of every projection and of the embedding."""
     for block in model.h:
         assert isinstance(block, Block)
         for part in (block.attn, block.mlp):
             for name, linear in list(part.named_children()):
                 if isinstance(linear, nn.Linear):
-                    weight = Packed.of(linear.weight.detach().to(device), kind)
+                    weight = pack(linear.weight.detach(), packed_kind(name, kind))
                     setattr(part, name, FrozenLinear(weight, linear.bias.detach()))
-    table = model.wte.weight.detach().to(device)
-    model.wte = FrozenEmbedding(Packed.of(table, "int8" if kind == "int4" else kind))  # type: ignore[assignment]
-    model.to(device).requires_grad_(False)
+    table = pack(model.wte.weight.detach(), packed_kind("wte", kind))
+    model.wte = FrozenEmbedding(table)  # type: ignore[assignment]

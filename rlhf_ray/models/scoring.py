@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.layout import Layout
 from rlhf_ray.ops.logprobs import before, token_logprobs
+from rlhf_ray.shortage import Portion
 from rlhf_ray.types import Rollout, concat, select, trim
 
 
@@ -50,9 +51,13 @@ def micro_batches(rollout: Rollout, size: int, tokens: int = 0) -> Iterator[Roll
         yield trim(micro, micro.width)
 
 
-def in_micro_batches(rollout: Rollout, size: int, score: Callable[[Rollout], Tensor], *, tokens: int = 0) -> Tensor:
+def in_micro_batches(rollout: Rollout, portion: Portion, score: Callable[[Rollout], Tensor]) -> Tensor:
     """Apply ``score`` to each micro-batch and join the rows: (B,), or (B, T) at the rollout's own width."""
-    parts = [score(micro).cpu() for micro in micro_batches(rollout, size, tokens)]
+
+    def scores() -> list[Tensor]:
+        return [score(micro).cpu() for micro in micro_batches(rollout, portion.rows, portion.tokens)]
+
+    parts = portion.attempt(scores, lambda: rollout.attention_mask.sum(1))
     joined: Tensor = concat(parts, width=rollout.tokens.shape[1])
     return joined
 

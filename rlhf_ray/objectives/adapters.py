@@ -31,7 +31,7 @@ class Adapted:
     @cached_property
     def base(self) -> Base:
         """What is under the adapters."""
-        return Base.of(self.folder)
+        return Base.of(self.folder, frozen=self.frozen)
 
     def build(self, device: torch.device) -> GPT2:
         """The policy with new adapters."""

@@ -133,4 +133,5 @@ def check_length(max_length: int, n_positions: int) -> None:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model folder that decide what it says: weights and vocabulary."""
-    return [*sorted(folder.glob("*.safetensors")), folder / "vocab.json", folder / "merges.txt"]
+    weights = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("adapter/*.safetensors"))]
+    return [*weights, folder / "vocab.json", folder / "merges.txt"]

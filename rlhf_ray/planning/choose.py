@@ -149,7 +149,8 @@ def smaller_models(run: Run) -> Iterator[str]:
         too_short = shape.n_positions < generation.prompt_length + generation.response_length
         if too_short or parameters(shape) >= parameters(policy):
             continue
-        models = Models(policy=shape, rewards=(shape,) * len(run.models.rewards), critic=run.models.critic and shape)
+        rewards, critic = (shape,) * len(run.models.rewards), run.models.critic and shape
+        models = replace(run.models, policy=shape, rewards=rewards, critic=critic)
         fitting = replace(run, models=models).fitting()
         if fitting:
             yield f"the model {name} fits in {gigabytes(fitting.prediction.total)} GB"

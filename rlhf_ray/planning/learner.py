@@ -70,10 +70,14 @@ class Learner:
         return (sum(numbers) + score) // shared_out
 
     def _bases(self) -> int:
-        """Bytes below adapters."""
+        """Bytes below adapters, but for what all processes of a host share."""
         if not self.adapted:
             return 0
-        return sum(self.work.frozen(shape) for shape in (self.shapes if self.own_base else self.shapes[:1]))
+        policy, *critic = self.shapes
+        own = critic if self.own_base and not self.work.models.critic_over else []
+        mapped = self.work.shares and self.work.device == "cpu"
+        below = self.work.adapters if critic and self.work.models.critic_over else 0  # those of the reward model
+        return (0 if mapped else self.work.frozen(policy)) + sum(map(self.work.frozen, own)) + below
 
     def _learn(self, trained: int) -> dict[str, int]:
         """What a step holds at most: in a backward pass, or where it ends, when all gradients are there."""

@@ -22,6 +22,8 @@ def predict(config: PPOConfig, models: Models, device: Device, *, longest_prompt
     if not config.lora.rank:
         roles.insert(2, work.reference())
     alone = config.num_rollout_workers == 0
+    if work.shares and any(need.device == "cpu" for need in roles):
+        roles.append(work.base())
     if device == "cpu":
         roles += [work.driver()] if alone else [work.driver(), work.ray()]
     return Prediction(

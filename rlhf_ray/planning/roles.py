@@ -38,6 +38,10 @@ class Models:
     """Of each reward model; functions and servers have none."""
     critic: GPT2Config | None = None
     """What a separate critic starts from; None starts it from the policy."""
+    over: tuple[bool, ...] = ()
+    """Which of the reward models are adapters over the policy; as far as it is known."""
+    critic_over: bool = False
+    """Whether the one that a separate critic starts from is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +79,20 @@ class Work:
             rows = max(1, ppo.micro_batch_tokens // (self.prompt + response))
         return Batch(rows=min(rows, self.config.batch_size), prompt=self.prompt, response=response)
 
-    def frozen(self, shape: GPT2Config) -> int:
+    @property
+    def shares(self) -> bool:
+        """Whether the policy below adapters is in memory once for all roles on the card, or on the host."""
+        return self.config.lora.rank > 0 and self.config.memory.share_base
+
+    @property
+    def adapters(self) -> int:
+        """Bytes of a policy's adapters."""
+        return FLOAT * sizes.adapters(self.models.policy, self.config.lora.rank, self.config.lora.targets)
+
+    def frozen(self, shape: GPT2Config, device: Device | None = None) -> int:
         """Bytes of weights that never learn; on a CPU float32 embeddings stay in their mapped file."""
         kind = self.config.memory.frozen
-        if kind == "float32" and self.device == "cpu":
+        if kind == "float32" and (device or self.device) == "cpu":
             return FLOAT * sizes.projections(shape)
         return sizes.stored(shape, kind)
 
@@ -102,9 +116,9 @@ class Work:
         held = {"weights": number * sizes.parameters(shape)}
         made: dict[str, int] = {}  # of the weights, and for rows
         if config.lora.rank:
-            if device == "cpu" and number == FLOAT and config.memory.frozen == "float32":
-                held["weights"] = FLOAT * sizes.projections(shape)  # embeddings stay in their file, never written to
-            held["adapters"] = FLOAT * sizes.adapters(shape, config.lora.rank, config.lora.targets)
+            kind, whole = config.memory.frozen, number * (shape.vocab_size + shape.n_positions) * shape.n_embd
+            held = {"base": 0 if self.shares else self.frozen(shape, device), "adapters": self.adapters}
+            held["embeddings"] = 0 if kind == "float32" and number == FLOAT else whole
         if device == "cpu":
             if self.direct and self.device == "cpu":
                 held["arrived"] = self.published()
@@ -112,11 +126,11 @@ class Work:
             columns = round_up(columns, COLUMN_BLOCK)
             passes = FLOAT * (6 * PASS_TOKENS * shape.n_embd + min(rows, HEAD_ROWS) * shape.vocab_size)
         else:
-            if config.lora.rank:
-                held["merged"] = number * sizes.adapted(shape, config.lora.targets)
             rows, columns = doubled(rows, ROW_BLOCK), min(doubled(columns, COLUMN_BLOCK), shape.n_positions)
             passes = 2 * SAMPLING * FLOAT * rows * shape.vocab_size  # in the graphs' own memory and outside of it
             passes += sizes.passing(shape, min(PREFILL_TOKENS, rows * self.prompt), number=number)
+            if config.lora.rank:  # which stay beside the base
+                passes += sizes.unpacking(shape, config.memory.frozen, number=number, device="cuda")
         made["cache"] = sizes.cache(shape, rows, columns, number=number)
         generate = {"passes": passes}
         (generate if config.memory.sleep else held).update(made)
@@ -128,7 +142,11 @@ class Work:
         if not shapes and self.device == "cuda":
             return Need(role="reward", processes=workers, device="cuda", base=0)
         passes = max((self.scoring(shape, kind=kind, head=False) for shape in shapes), default=0)
-        held = {"weights": sum(map(self.frozen, shapes))}
+        over = self.models.over if self.config.lora.rank and any(self.models.over) else (False,) * len(shapes)
+        held = {"weights": sum(self.frozen(shape) for shape, shares in zip(shapes, over, strict=True) if not shares)}
+        if any(over):
+            held["adapters"] = sum(over) * self.adapters
+            held["base"] = 0 if self.shares else self.frozen(self.models.policy)
         if self.device == "cpu":
             held["vocabulary"] = self.vocabulary()
         return self.need("reward", workers, held, {"judge": {"passes": passes}})
@@ -139,6 +157,11 @@ class Work:
         passes = self.scoring(shape, kind=self.config.memory.frozen, head=True)
         held = {"weights": self.frozen(shape)}
         return self.need("reference", self.config.num_reference_workers, held, {"judge": {"passes": passes}})
+
+    def base(self) -> Need:
+        """The file of the base, which every process on the host maps; on a card the learner has it."""
+        held = {"weights": sizes.stored(self.models.policy, self.config.memory.frozen)}
+        return Need(role="base", processes=1, device="cpu", base=0, held=held)
 
     def driver(self) -> Need:
         """The rows of a batch."""

@@ -74,12 +74,6 @@ def adapters(shape: GPT2Config, rank: int, targets: Sequence[str]) -> int:
     return shape.n_layer * sum(rank * shape.n_embd * sum(ADAPTERS[target]) for target in targets)
 
 
-def adapted(shape: GPT2Config, targets: Sequence[str]) -> int:
-    """Numbers in the matrices that adapters stand beside."""
-    widths = [ADAPTERS[target] for target in targets]
-    return shape.n_layer * shape.n_embd**2 * sum(wide * narrow for wide, narrow in widths)
-
-
 def moments(numbers: int, bits: int) -> int:
     """Bytes of AdamW's two moments of so many trained numbers."""
     return 2 * (FLOAT * numbers if bits == 32 else numbers + FLOAT * numbers // MOMENT_BLOCK)

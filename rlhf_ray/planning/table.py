@@ -26,7 +26,8 @@ def summary(plan: Plan, config: PPOConfig) -> str:
     whose = "of the card" if plan.prediction.device == "cuda" else "of the host"
     fits = f"{gigabytes(plan.prediction.total)} GB {whose} predicted, {gigabytes(plan.budget)} GB there"
     for need in plan.prediction.elsewhere:
-        fits += f"; {need.processes} x {gigabytes(need.peak)} GB of host memory for {need.role} workers"
+        whose = "their base" if need.role == "base" else f"{need.role} workers"
+        fits += f"; {need.processes} x {gigabytes(need.peak)} GB of host memory for {whose}"
     if not plan.chosen:
         return f"memory: {fits}; nothing had to be changed"
     changes = ", ".join(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.data.prompt_set import PromptSet
+from rlhf_ray.models.shared_base import FrozenBase
+from rlhf_ray.shortage import Portion
 from rlhf_ray.tokenizer import Tokenizer
 from rlhf_ray.types import Rollout
 
@@ -25,13 +27,14 @@ class RewardContext:
     prompts: PromptSet
     device: str
     dtype: torch.dtype
-    micro_batch_size: int
+    portion: Portion
+    """Of a reward model's forward pass."""
     max_length: int
     """Tokens of the longest row, prompt and response together."""
-    micro_batch_tokens: int = 0
-    """Tokens of one forward pass; 0 lets ``micro_batch_size`` decide."""
     frozen: str = "float32"
     """How a reward model's weights are kept."""
+    base: FrozenBase | None = None
+    """The run's policy below its adapters, which a reward model that is adapters over it shares."""
 
 
 class RewardFunction(Protocol):

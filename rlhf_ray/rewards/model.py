@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.config import RewardSource
+from rlhf_ray.models.adapter_folders import reward_model_over
 from rlhf_ray.models.folders import model_folder
 from rlhf_ray.models.hf_weights import load_reward_model, read_config
 from rlhf_ray.models.scoring import autocast, in_micro_batches
@@ -43,17 +44,18 @@ class ModelReward:
             source.source, context.tokenizer, length=context.max_length, field="rewards.source"
         )
         self.source = source.source
-        self.micro_batch_size = context.micro_batch_size
-        self.micro_batch_tokens = context.micro_batch_tokens
+        self.portion = context.portion
         self.dtype = context.dtype
         self.device = torch.device(context.device)
-        self.model = load_reward_model(folder, device=context.device, frozen=context.frozen)
+        if context.base and context.base.base.is_under(folder):
+            self.model = reward_model_over(context.base.open(context.device), folder)
+        else:
+            self.model = load_reward_model(folder, device=context.device, frozen=context.frozen)
         self.model.eval().requires_grad_(False)
 
     def __call__(self, rollout: Rollout) -> Tensor:
         """(B,) float32."""
-        scores = in_micro_batches(rollout, self.micro_batch_size, self._score, tokens=self.micro_batch_tokens)
-        return check_scores(scores, len(rollout), self.source)
+        return check_scores(in_micro_batches(rollout, self.portion, self._score), len(rollout), self.source)
 
     def _score(self, micro: Rollout) -> Tensor:
         with autocast(self.device, self.dtype):

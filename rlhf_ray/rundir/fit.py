@@ -28,7 +28,12 @@ def tensor_faults(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> lis
 
 def check_module(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """CheckpointError naming the tensors, read from ``path``, that a module lacks, has not or has in another shape."""
-    _refuse(path, tensor_faults(state, module.state_dict()))
+    check_tensors(module.state_dict(), state, path)
+
+
+def check_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor], path: Path) -> None:
+    """The same of a part of a module's tensors."""
+    _refuse(path, tensor_faults(state, own))
 
 
 def check_optimiser(optimiser: Optimizer, state: Mapping[str, Any], path: Path) -> None:

@@ -64,15 +64,16 @@ class RayCrew:
         call_timeout: float | None = None,
         together: bool = False,
         beside: bool = False,
+        borrows: bool = False,
     ) -> None:
         """Start ``worker_class(**arguments)`` in every seat.
 
         ``own`` gives what each worker's arguments differ in, a dictionary a seat, and is asked anew at every start.
         ``timeout`` and ``call_timeout`` are the seconds that a start and a call may take.  Workers ``together``, and
         those who are to do something ``beside`` their calls, have threads for that; other workers' calls run in their
-        actors' main threads.
+        actors' main threads.  One that ``borrows`` what the learner has begins anew after it.
         """
-        self.role, self.run, self.size, self.together = role, run, len(seats), together
+        self.role, self.run, self.size, self.together, self.borrows = role, run, len(seats), together, borrows
         self.timeout, self.call_timeout, self.beside = timeout, call_timeout or timeout, beside
         groups = {"concurrency_groups": {ASIDE: 1, STORED: 1}} if together or beside else {}
         self._remotes = [ray.remote(**seat.options, **groups)(WorkerActor) for seat in seats]
@@ -130,7 +131,7 @@ class RayCrew:
         """Work of all calls that have ended since this was last asked."""
         with self._lock:
             used = self._used
-            self._used = Usage(workers=self.size, peak_bytes=used.peak_bytes)
+            self._used = replace(used, tokens=0, seconds=0.0)
         return used
 
     def compute_again(self, job: Job, ref: Any) -> None:
@@ -146,8 +147,7 @@ class RayCrew:
         self._course += 1
 
     def restart(self) -> None:
-        """Have workers together begin anew, with none of the calls that were asked for until now; waits for them."""
-        assert self.together
+        """Have workers begin anew, with none of the calls that were asked for until now; waits for them."""
         self.abandon()
         self._dispatcher.carry_out(self._start_all)
         self.wait_until_built()

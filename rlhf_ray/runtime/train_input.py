@@ -37,6 +37,10 @@ class Inputs(Generic[T]):
                 self._pending[later] = self._thread.submit(self._make, later)
         return self._pending.pop(step).result()
 
+    def forget(self) -> None:
+        """Make anew what was made ahead: what it is made with has changed."""
+        self._pending.clear()
+
     def __enter__(self) -> Inputs[T]:
         return self
 

@@ -19,6 +19,7 @@ from rlhf_ray.config import TrainConfig
 from rlhf_ray.models.gpt2 import checkpoint_blocks, compile_blocks
 from rlhf_ray.objectives import Objective
 from rlhf_ray.objectives.cached import cached_dataset
+from rlhf_ray.profiling import span
 from rlhf_ray.rundir.fit import check_optimiser
 from rlhf_ray.runtime.train_batches import BatchOrder
 from rlhf_ray.runtime.train_input import AHEAD, Inputs
@@ -26,6 +27,7 @@ from rlhf_ray.runtime.train_optimiser import apply_gradients, learning_rate, mak
 from rlhf_ray.runtime.train_state import Snapshot, TrainState, optimiser_path
 from rlhf_ray.runtime.train_step import StepInput, World, accumulate, gather_facts, step_input, sum_gradients
 from rlhf_ray.runtime.train_window import Window
+from rlhf_ray.shortage import micro_batch, named
 from rlhf_ray.workers.snapshot import copy_of_module, copy_of_state
 
 MOST_SKIPPED = 3
@@ -50,10 +52,16 @@ class TrainLoop:
             raise ValueError(f"profile_step = {config.profile_step} is after the last step, {self.total}")
         self.step = self.tokens = 0
         self.window = Window()
+        rows, tokens = config.micro_batch_size, config.micro_batch_tokens
+        self.portion = micro_batch(rows, tokens, auto=config.auto_micro_batch)
         self.inputs = Inputs(self._input, ahead=AHEAD[world.device.type])
 
     def start(self, folder: Path | None) -> None:
         """Build the model, or load it and its optimiser from the checkpoint ``folder``."""
+        with named(self.objective.stage, "start"):
+            self._start(folder)
+
+    def _start(self, folder: Path | None) -> None:
         device = self.world.device
         torch.manual_seed(self.config.seed)
         self.model = self.objective.build(device) if folder is None else self.objective.load(folder, device)
@@ -76,30 +84,47 @@ class TrainLoop:
     def train_step(self, should_stop: Callable[[], bool]) -> bool:
         """One optimiser step; whether any rank is asked to stop after it."""
         self.step += 1
-        started = time.perf_counter()
-        torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)  # for dropout
-        inputs = self.inputs.take(self.step)
-        waited = time.perf_counter() - started
-        loss = accumulate(self.objective, self.model, inputs, self.world)
+        started, stage = time.perf_counter(), self.objective.stage
+        with named(stage, "learn", self.portion):
+            inputs, loss, waited = self.portion.attempt(self._gradient, self._lengths, undo=self._forget)
         stop = should_stop()
         extras = torch.stack([loss, torch.full_like(loss, float(stop))])
         extras = sum_gradients(self.model, extras, self.world)
         settings = self.config.optimiser
         self.lr = learning_rate(settings, step=self.step, total=self.total)
-        norm = apply_gradients(self.optimiser, extras[0], lr=self.lr, max_grad_norm=settings.max_grad_norm)
+        with named(stage, "optimiser step"):
+            norm = apply_gradients(self.optimiser, extras[0], lr=self.lr, max_grad_norm=settings.max_grad_norm)
         self.tokens += inputs.tokens
         seconds = time.perf_counter() - started
         self.window.add(extras[0], norm, tokens=inputs.tokens, seconds=seconds, waited=waited)
         return stop if self.world.size == 1 else bool(extras[1] > 0)
 
+    def _gradient(self) -> tuple[StepInput, torch.Tensor, float]:
+        """Add this rank's share of the step's gradient up; the input, its share of the loss, and seconds waited."""
+        started = time.perf_counter()
+        torch.manual_seed(hash((self.config.seed, self.step, self.world.rank)) % 2**63)  # for dropout
+        with span("input"):
+            inputs = self.inputs.take(self.step)
+        waited = time.perf_counter() - started
+        with span("gradient"):
+            return inputs, accumulate(self.objective, self.model, inputs, self.world), waited
+
+    def _forget(self) -> None:
+        """Forget a gradient that was not finished, and inputs that are cut for larger passes."""
+        self.optimiser.zero_grad(set_to_none=True)
+        self.inputs.forget()
+
+    def _lengths(self) -> torch.Tensor:
+        return torch.tensor([self.data.train[i].length for i in self.order.rows_of(self.step)])
+
     def _input(self, step: int) -> StepInput:
         rows = [self.data.train[i] for i in self.order.rows_of(step)]
-        return step_input(self.objective, rows, self.world, micro_batch_size=self.config.micro_batch_size)
+        return step_input(self.objective, rows, self.world, self.portion)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics on the held-out rows, of which every rank takes its share."""
-        size = self.config.micro_batch_size
-        facts = gather_facts(self.objective, self.model, self.data.held_out, self.world, micro_batch_size=size)
+        with named(self.objective.stage, "evaluate", self.portion), span("evaluate"):
+            facts = gather_facts(self.objective, self.model, self.data.held_out, self.world, self.portion)
         return self.objective.metrics(facts)
 
     def take_metrics(self) -> dict[str, float]:
@@ -115,10 +140,11 @@ class TrainLoop:
         """What a checkpoint holds, copied into host memory; ValueError as for ``take_metrics``."""
         self._check_finite()
         window = self.window.values()
-        model = copy_of_module(self.model, self.model)
-        self.objective.finish(self.model, model)
         state = TrainState(step=self.step, total_steps=self.total, tokens=self.tokens, inputs=inputs, window=window)
-        return Snapshot(model=model, optimiser=copy_of_state(self.optimiser.state_dict()), state=state)
+        with named(self.objective.stage, "save"):
+            model = copy_of_module(self.model, self.model)
+            self.objective.finish(self.model, model)
+            return Snapshot(model=model, optimiser=copy_of_state(self.optimiser.state_dict()), state=state)
 
     def _check_finite(self) -> None:
         if bad := self.window.skipped_at_last(MOST_SKIPPED):

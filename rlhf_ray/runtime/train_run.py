@@ -24,6 +24,7 @@ from rlhf_ray.runtime.step_trace import RanksTrace
 from rlhf_ray.runtime.train_loop import TrainLoop
 from rlhf_ray.runtime.train_state import ClosingReport, Snapshot
 from rlhf_ray.runtime.train_step import World, gather_facts
+from rlhf_ray.shortage import named, reduction
 from rlhf_ray.storage import mirror_of
 
 
@@ -44,6 +45,7 @@ class Recorder:
         )
         self.doctor = Doctor()
         self.progress: Progress | None = None
+        self._portion = loop.portion.size
         self._saving: Future[None] | None = None
 
     def introduce(self, folder: Path | None) -> None:
@@ -64,6 +66,13 @@ class Recorder:
         if folder is not None:
             run.say(f"going on after step {loop.step} from {folder}")
         loop.objective.prepare(loop.world.device, loop.world.dtype)
+
+    def watch_memory(self) -> None:
+        """Say when less goes through the model at once than before."""
+        portion = self.loop.portion
+        if portion.size != self._portion:
+            self._portion = portion.size
+            self.run.say(reduction(self.loop.objective.stage, portion.setting, portion.size))
 
     def training(self, metrics: dict[str, float]) -> None:
         """Log the metrics of training steps, and say what the doctor thinks of them."""
@@ -104,8 +113,8 @@ class Recorder:
         facts = torch.zeros(0, 2, dtype=torch.float64)
         if len(loop.data.held_out):
             model = loop.objective.load(folder, loop.world.device)
-            size = loop.config.micro_batch_size
-            facts = gather_facts(loop.objective, model, loop.data.held_out, loop.world.alone(), micro_batch_size=size)
+            with named(loop.objective.stage, "evaluate", loop.portion):
+                facts = gather_facts(loop.objective, model, loop.data.held_out, loop.world.alone(), loop.portion)
         report = loop.objective.report(folder, facts, loop.data, loop.world.device)
         lines = [f"the model is {folder}", *report.lines]
         for line in lines:
@@ -168,6 +177,8 @@ def _steps(loop: TrainLoop, recorder: Recorder | None, trace: RanksTrace, should
             trace.begin(loop.step + 1)
             stop = loop.train_step(should_stop) and loop.step < loop.total
             last = loop.step == loop.total
+            if recorder is not None:
+                recorder.watch_memory()
             if last or _due(loop.step, config.log_every):
                 metrics = loop.take_metrics()
                 if recorder is not None:

@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rlhf_ray.models.scoring import row_ranges
 from rlhf_ray.objectives import Batch, Objective
+from rlhf_ray.shortage import Portion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +65,12 @@ class StepInput:
     """Of the whole step."""
 
 
-def step_input(objective: Objective, rows: Sequence[Any], world: World, *, micro_batch_size: int) -> StepInput:
+def step_input(objective: Objective, rows: Sequence[Any], world: World, portion: Portion) -> StepInput:
     """This rank's share of the batch ``rows``.
 
     Rows of like length go together: less padding, and about the same work for every rank.
     """
-    micro_batches = _micro_batches(rows, world, micro_batch_size)
+    micro_batches = _micro_batches(rows, world, portion)
     return StepInput(
         batches=[_collate(objective, [rows[i] for i in micro], world) for micro in micro_batches],
         weight=sum(row.weight for row in rows),
@@ -103,30 +105,33 @@ def sum_gradients(model: nn.Module, extras: Tensor, world: World) -> Tensor:
 
 
 @torch.no_grad()
-def gather_facts(
-    objective: Objective, model: nn.Module, rows: Sequence[Any], world: World, *, micro_batch_size: int
-) -> Tensor:
+def gather_facts(objective: Objective, model: nn.Module, rows: Sequence[Any], world: World, portion: Portion) -> Tensor:
     """(N, K) float64 on the CPU: the objective's facts of every row, in order, on every rank."""
     was_training = model.training
     model.eval()
-    micro_batches = _micro_batches(rows, world, micro_batch_size)
-    parts = []
-    for micro in micro_batches:
-        with world.autocast():
-            batch = _collate(objective, [rows[i] for i in micro], world)
-            parts.append(objective.facts(model, _on_device(batch, world)))
+
+    def measure() -> list[tuple[list[int], Tensor]]:
+        parts = []
+        for micro in _micro_batches(rows, world, portion):
+            with world.autocast():
+                batch = _collate(objective, [rows[i] for i in micro], world)
+                parts.append((micro, objective.facts(model, _on_device(batch, world))))
+        return parts
+
+    parts = portion.attempt(measure, lambda: torch.tensor([row.length for row in rows]))
     model.train(was_training)
-    width = torch.tensor([parts[0].shape[1] if world.rank == 0 else 0], device=world.device)
+    width = torch.tensor([parts[0][1].shape[1] if world.rank == 0 else 0], device=world.device)
     table = torch.zeros(len(rows), int(world.sum(width)), dtype=torch.float64, device=world.device)
-    for micro, part in zip(micro_batches, parts, strict=True):
+    for micro, part in parts:
         table[micro] = part
     return world.sum(table).cpu()
 
 
-def _micro_batches(rows: Sequence[Any], world: World, size: int) -> list[list[int]]:
-    """Numbers of this rank's rows, the longest first, ``size`` at a time."""
+def _micro_batches(rows: Sequence[Any], world: World, portion: Portion) -> list[list[int]]:
+    """Numbers of this rank's rows, the longest first, a portion at a time."""
     own = sorted(range(len(rows)), key=lambda i: -rows[i].length)[world.rank :: world.size]
-    return [own[start : start + size] for start in range(0, len(own), size)]
+    lengths = torch.tensor([rows[i].length for i in own])
+    return [own[cut] for cut in row_ranges(lengths, portion.rows, portion.tokens)] if own else []
 
 
 def _collate(objective: Objective, rows: Sequence[Any], world: World) -> Batch:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf_ray.checkpoint import load_tree
 from rlhf_ray.config import LoRA
@@ -18,7 +18,7 @@ from rlhf_ray.models import GPT2
 from rlhf_ray.models.adapter_folders import ADAPTER, Base, check_bases, load_adapter, save_adapter, save_bases
 from rlhf_ray.models.hf_weights import WEIGHTS, load_policy, save_policy
 from rlhf_ray.models.lora import learned_state, merged
-from rlhf_ray.rundir.fit import check_module
+from rlhf_ray.rundir.fit import check_module, check_tensors
 from rlhf_ray.workers.sharding import load_whole
 
 
@@ -47,16 +47,13 @@ def load_learned_policy(policy: GPT2, adapters: Adapters | None, folder: Path) -
         check_bases(folder, adapters.bases)
         load_adapter(policy, folder / ADAPTER)
     else:
-        _take(policy, load_policy(folder).state_dict(), folder / WEIGHTS)
+        state = load_policy(folder).state_dict()
+        check_module(policy, state, folder / WEIGHTS)
+        load_whole(policy, state)
 
 
 def take_learned(module: nn.Module, path: Path) -> None:
     """Take over what ``learned_state`` gave of a module; CheckpointError when it does not fit."""
-    own = module.state_dict()
-    frozen = {name: own[name] for name in own.keys() - learned_state(module).keys()}
-    _take(module, {**frozen, **load_tree(path)}, path.with_suffix(".safetensors"))
-
-
-def _take(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    check_module(module, state, path)
+    state = load_tree(path)
+    check_tensors(learned_state(module), state, path.with_suffix(".safetensors"))
     load_whole(module, state)

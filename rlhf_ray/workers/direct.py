@@ -12,7 +12,7 @@ group, which are ``runtime/weight_sync.py``'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,11 +24,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import reduce_tensor
 
-from rlhf_ray import console
 from rlhf_ray.models.flat import as_buffer, empty_flat, fill_flat
 from rlhf_ray.types import Weights
+from rlhf_ray.workers.lending import Lent, borrow, lend
 from rlhf_ray.workers.ranks import Meeting, name_interface
 from rlhf_ray.workers.sharding import whole
 from rlhf_ray.workers.weights import digest, export_weights
@@ -47,12 +46,10 @@ class Notice:
 
     weights: Weights
     """Without their numbers."""
-    card: str = ""
-    """Whose memory they are in."""
+    lent: Lent | None = None
+    """Memory of a card that they are in, if they stay there."""
     place: tuple[str, int] = ("", 0)
-    """Whose, and which piece of it."""
-    opening: tuple[Callable[..., Tensor], tuple[Any, ...]] | None = None
-    """A function and its arguments that open that piece in another process."""
+    """Whose memory, and which piece of it."""
     problem: str = ""
     """What kept the broadcast from reaching everybody."""
 
@@ -144,7 +141,7 @@ class OnCard:
         """The newest ``versions`` are kept."""
         self._versions, self._name = versions, uuid4().hex
         self._pieces: dict[int, Tensor] = {}
-        self._openings: dict[int, Any] = {}
+        self._lent: dict[int, Lent] = {}
         self._held: dict[int, str] = {}
 
     def publish(self, policy: nn.Module, policy_version: int, dtype: torch.dtype, meeting: Meeting | None) -> Notice:
@@ -152,15 +149,14 @@ class OnCard:
         number, device = policy_version % self._versions, next(policy.parameters()).device
         if number not in self._pieces:
             self._pieces[number] = empty_flat(policy, dtype, device)
-            self._openings[number] = reduce_tensor(self._pieces[number])
+            self._lent[number] = lend(self._pieces[number])
         flat = self._pieces[number]
         fill_flat(flat, policy, whole)
         self._held[number] = found = digest(flat, policy_version)  # which waits until all of it is written
         return Notice(
             weights=Weights(buffer=np.empty(0), policy_version=policy_version, digest=found),
-            card=card_of(device),
+            lent=self._lent[number],
             place=(self._name, number),
-            opening=self._openings[number],
         )
 
     def kept(self, policy_version: int) -> Weights:
@@ -179,11 +175,6 @@ def make_sender(versions: int, device: torch.device, *, threads: int) -> Sender 
     return OnCard(versions) if device.type == "cuda" else Broadcast(versions, threads=threads)
 
 
-def card_of(device: torch.device) -> str:
-    """The name of a GPU, which is another one's nowhere in the world; that of a CPU is the same everywhere."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
-
-
 class Inlet:
     """A worker's end: a buffer for what is broadcast, and the learner's memory where both are on one card."""
 
@@ -193,8 +184,7 @@ class Inlet:
         self._arrived = np.empty(0, dtype=np.uint8)
         self._digest = ""
         self._lock = Lock()
-        self._opened: dict[tuple[str, int], Tensor] = {}
-        self._barred = False
+        self._opened: dict[tuple[str, int], Tensor | None] = {}
 
     def receive(self, meeting: Meeting) -> None:
         """Take part in a broadcast; beside other work.  Where it fails, nothing has come."""
@@ -226,8 +216,8 @@ class Inlet:
         Nothing new arrives meanwhile.
         """
         weights = notice.weights
-        if notice.card:
-            flat = self._open(notice)
+        if notice.lent:
+            flat = self._open(notice.lent, notice.place)
             yield None if flat is None else replace(weights, buffer=flat)
             return
         with self._lock:
@@ -235,19 +225,10 @@ class Inlet:
             here = self._digest == weights.digest
             yield replace(weights, buffer=self._arrived.view(weights.buffer.dtype)) if here else None
 
-    def _open(self, notice: Notice) -> Tensor | None:
-        """The learner's memory, on the card that both share; where the system forbids that, it is said once."""
-        assert notice.opening
-        if self._barred or notice.card != card_of(self._device):
-            return None
-        if notice.place not in self._opened:
-            whose, _ = notice.place
-            self._opened = {place: flat for place, flat in self._opened.items() if place[0] == whose}
-            function, arguments = notice.opening
-            try:
-                self._opened[notice.place] = function(*arguments)
-            except RuntimeError as error:  # as under WSL, or in containers that share no memory
-                self._barred = True
-                console.say(f"weights can't be read from the learner's memory; they go through the store: {error}")
-                return None
-        return self._opened[notice.place]
+    def _open(self, lent: Lent, place: tuple[str, int]) -> Tensor | None:
+        """The learner's memory, on the card that both share; it is tried once and opened once."""
+        if place not in self._opened:
+            whose, _ = place
+            self._opened = {known: flat for known, flat in self._opened.items() if known[0] == whose}
+            self._opened[place] = borrow(lent, self._device, otherwise="weights go through the store")
+        return self._opened[place]

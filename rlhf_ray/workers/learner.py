@@ -30,12 +30,14 @@ from rlhf_ray.models.scoring import policy_logprobs
 from rlhf_ray.ops.masked import AGGREGATIONS
 from rlhf_ray.ops.schedules import SCHEDULES
 from rlhf_ray.rundir.fit import check_optimiser
+from rlhf_ray.shortage import micro_batch, named
 from rlhf_ray.types import Evaluation, Experience, Rollout, Usage, Weights, select
 from rlhf_ray.workers.direct import Notice, make_sender
+from rlhf_ray.workers.lending import Lent, lend_model
 from rlhf_ray.workers.meter import Meter, give_back
 from rlhf_ray.workers.optimiser import adamw
 from rlhf_ray.workers.policy_critic import PolicyCritic
-from rlhf_ray.workers.ppo_loss import ppo_loss
+from rlhf_ray.workers.ppo_loss import over_mini_batches, ppo_loss
 from rlhf_ray.workers.ranks import Meeting, Ranks
 from rlhf_ray.workers.sharding import join_in, load_whole_optimiser
 from rlhf_ray.workers.snapshot import copy_of_state
@@ -50,6 +52,7 @@ RATIO_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 class LearnerWorker:
     """Takes the gradient steps."""
 
+    @named("learner", "start")
     def __init__(
         self,
         build: Callable[[], PolicyCritic],
@@ -64,6 +67,7 @@ class LearnerWorker:
         optimizer_bits: int = 32,
         offload_optimizer: bool = False,
         direct_versions: int = 0,
+        auto_micro_batch: bool = False,
         meeting: Meeting | None = None,
     ) -> None:
         """``build`` makes policy and critic in the worker's own process; at a ``meeting`` it finds the other ranks.
@@ -78,6 +82,8 @@ class LearnerWorker:
             model.shard()
         self.published = published(model.policy)
         self.config = config
+        rows, tokens = config.micro_batch_size, config.micro_batch_tokens
+        self.portion = micro_batch(rows, tokens, section="ppo.", auto=auto_micro_batch)
         self.seed = seed
         self.total_steps = total_steps
         self.response_length = response_length
@@ -114,13 +120,17 @@ class LearnerWorker:
     @torch.no_grad()
     def _score(self, rollout: Rollout, score: Callable[[Rollout], Opinions], *, count: int) -> list[Tensor]:
         """What ``score`` says of each micro-batch, ``count`` tensors (b, t), for a whole shard: (B, T) each."""
-        with self.meter.busy():
+        with self.meter.busy(), named("learner", "judge", self.portion):
             self._count(int(rollout.attention_mask.sum()))
             found = [torch.zeros(rollout.tokens.shape, device=self.model.device) for _ in range(count)]
-            for rows, micro in self._micro_batches(rollout):
-                for whole, part in zip(found, score(micro), strict=True):
-                    assert part is not None
-                    whole[rows.to(self.model.device), : part.shape[1]] = part[: len(rows)]
+
+            def fill() -> None:
+                for rows, micro in self._micro_batches(rollout):
+                    for whole, part in zip(found, score(micro), strict=True):
+                        assert part is not None
+                        whole[rows.to(self.model.device), : part.shape[1]] = part[: len(rows)]
+
+            self.portion.attempt(fill, lambda: rollout.attention_mask.sum(1))
             if self.sharded:
                 self.model.rest()
             return [self.ranks.sum(whole).cpu() for whole in found]
@@ -131,7 +141,7 @@ class LearnerWorker:
         One whose loss or gradient is not finite is skipped and counted: the optimiser never sees it.  Raises
         ValueError, before the first optimiser step, when its mini-batch's ratio is not one.
         """
-        with self.meter.busy():
+        with self.meter.busy(), named("learner", "learn", self.portion):
             factor = SCHEDULES[self.config.schedule](self.step, self.total_steps, self.config.warmup_fraction)
             for group, base in zip(self.optimiser.param_groups, self._base_lrs, strict=True):
                 group["lr"] = base * factor
@@ -146,7 +156,7 @@ class LearnerWorker:
             self.step += 1
             self._count(int(experience.rollout.attention_mask.sum()) * self.config.epochs)
             return {
-                **_summary(taken or skipped),
+                **over_mini_batches(taken or skipped),
                 "policy/optimiser_steps": float(len(taken)),
                 "update/skipped": float(len(skipped)),
                 "policy/lr": self.config.lr * factor,
@@ -167,9 +177,25 @@ class LearnerWorker:
 
         Every rank has the same sums and norms, so all take the step or none does.
         """
+        forget = partial(self.optimiser.zero_grad, set_to_none=True)
+        lengths = partial(mini.rollout.attention_mask.sum, 1)
+        totals, extremes = self.portion.attempt(partial(self._gradient, mini), lengths, undo=forget)
+        totals, (largest, error) = self._over_ranks(totals, extremes)
+        self._sum_gradients()
+        norms = self.model.clip_gradients(self.config.max_grad_norm, self.ranks)
+        finite = all(map(math.isfinite, (*totals.values(), *norms.values())))
+        if finite:
+            if first:
+                self._check_first_ratio(error)
+            with named("learner", "optimiser step"):
+                self.optimiser.step()
+        forget()
+        return {**totals, **norms, "val/ratio_max": largest, "val/first_ratio_error": error}, finite
+
+    def _gradient(self, mini: Experience) -> tuple[dict[str, float], list[tuple[float, float]]]:
+        """Add this rank's share of a mini-batch's gradient up; its sums, and the extremes of its micro-batches."""
         mask = mini.rollout.response_mask
-        aggregate = AGGREGATIONS[self.config.aggregation]
-        denominator = aggregate.count(mask, self.response_length)
+        denominator = AGGREGATIONS[self.config.aggregation].count(mask, self.response_length)
         totals: dict[str, float] = {}
         extremes: list[tuple[float, float]] = []
         for _, micro in self._micro_batches(mini):
@@ -178,19 +204,10 @@ class LearnerWorker:
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
             extremes.append(extreme)
-        totals, (largest, error) = self._over_ranks(totals, extremes)
-        self._sum_gradients()
-        norms = self.model.clip_gradients(self.config.max_grad_norm, self.ranks)
-        finite = all(map(math.isfinite, (*totals.values(), *norms.values())))
-        if finite:
-            if first:
-                self._check_first_ratio(error)
-            self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return {**totals, **norms, "val/ratio_max": largest, "val/first_ratio_error": error}, finite
+        return totals, extremes
 
     def _micro_batches(self, batch: Any) -> Iterator[tuple[Tensor, Any]]:
-        return self.ranks.micro_batches(batch, self.config.micro_batch_size, self.config.micro_batch_tokens)
+        return self.ranks.micro_batches(batch, self.portion.rows, self.portion.tokens)
 
     def _over_ranks(
         self, totals: dict[str, float], extremes: list[tuple[float, float]]
@@ -215,6 +232,7 @@ class LearnerWorker:
                 "evaluated with these weights, or dropout is on; refusing to train"
             )
 
+    @named("learner", "publish")
     def weights(self, policy_version: int, meeting: Meeting | None = None) -> Weights | Notice | None:
         """What a policy version is made of, as one flat buffer; None from all ranks but the first.
 
@@ -234,6 +252,11 @@ class LearnerWorker:
         assert self.sender
         return self.sender.kept(policy_version)
 
+    def lend(self) -> Lent | None:
+        """Where others on its GPU can read the policy without its adapters; None without either."""
+        return lend_model(self.model.adapters.base) if self.model.adapters else None
+
+    @named("learner", "save")
     def snapshot(self) -> None:
         """Keep a copy of policy, critic, optimiser and step as they are now, for ``write``."""
         if self.ranks.first or self.sharded:
@@ -250,6 +273,7 @@ class LearnerWorker:
         model.save(folder)
         save_tree(folder / "learner", state)
 
+    @named("learner", "start")
     def load(self, folder: Path) -> None:
         """Take over what ``write`` wrote."""
         self.model.load(folder)
@@ -269,16 +293,7 @@ class LearnerWorker:
 
     def usage(self) -> Usage:
         """Tokens evaluated and learned from, and seconds spent, since the last call."""
-        return self.meter.take()
+        return self.meter.take(self.portion.reduced)
 
     def __repr__(self) -> str:
         return f"LearnerWorker(step={self.step}, {self.model.device})"
-
-
-def _summary(history: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics averaged over mini-batches, but for the largest ratio and the first one's distance from one."""
-    return {
-        **{name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]},
-        "val/ratio_max": max(metrics["val/ratio_max"] for metrics in history),
-        "val/first_ratio_error": history[0]["val/first_ratio_error"],
-    }

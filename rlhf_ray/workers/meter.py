@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,17 @@ def peak_memory() -> int:
     fields = dict(line.split(":", 1) for line in STATUS.read_text(encoding="ascii", errors="replace").splitlines())
     most, file, store = (int(fields[name].split()[0]) for name in ("VmHWM", "RssFile", "RssShmem"))
     return 1024 * (most - file - store)
+
+
+def resident(file: Path) -> int:
+    """Bytes of a file that are in memory, for whoever has mapped it."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        there = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        first = ctypes.c_ubyte.from_buffer(mapped)
+        failed = ctypes.CDLL(None).mincore(ctypes.byref(first), ctypes.c_size_t(len(mapped)), there)
+        del first  # or the mapping could not be closed
+    assert not failed
+    return mmap.PAGESIZE * sum(page & 1 for page in there)
 
 
 def give_back() -> None:
@@ -68,8 +80,8 @@ class Meter:
         """Add to the tokens worked on."""
         self._tokens += tokens
 
-    def take(self) -> Usage:
-        """Read the meter and set it to zero."""
-        usage = Usage(tokens=self._tokens, seconds=self._seconds, peak_bytes=peak_memory())
+    def take(self, reduced: Mapping[str, int] | None = None) -> Usage:
+        """Read the meter and set it to zero; ``reduced`` is what memory did not suffice for."""
+        usage = Usage(tokens=self._tokens, seconds=self._seconds, peak_bytes=peak_memory(), reduced=reduced or {})
         self._tokens, self._seconds = 0, 0.0
         return usage

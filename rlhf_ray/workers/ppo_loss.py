@@ -5,6 +5,8 @@ Formulas are in ``ops/losses.py``.  Left out on purpose: gradients and steps, wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from rlhf_ray.config import PPO
@@ -58,3 +60,12 @@ def ppo_loss(
     }
     distance = float((terms.log_ratio.exp() - 1).abs().max())
     return total, metrics, (float(max_ratio(terms, mask)), distance)
+
+
+def over_mini_batches(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics averaged over mini-batches, but for the largest ratio and the first one's distance from one."""
+    return {
+        **{name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]},
+        "val/ratio_max": max(metrics["val/ratio_max"] for metrics in history),
+        "val/first_ratio_error": history[0]["val/first_ratio_error"],
+    }

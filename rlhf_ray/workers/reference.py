@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_ray.models.hf_weights import load_policy
 from rlhf_ray.models.scoring import in_micro_batches, policy_logprobs
+from rlhf_ray.shortage import Portion, named
 from rlhf_ray.types import Rollout, Usage
 from rlhf_ray.workers.meter import Meter, give_back
 
@@ -16,32 +17,31 @@ from rlhf_ray.workers.meter import Meter, give_back
 class ReferenceWorker:
     """Log-probabilities of rollouts under the SFT policy."""
 
+    @named("reference", "start")
     def __init__(
         self,
         folder: Path,
         *,
         temperature: float,
-        micro_batch_size: int,
+        portion: Portion,
         device: str,
         dtype: torch.dtype,
         threads: int,
-        micro_batch_tokens: int = 0,
         frozen: str = "float32",
     ) -> None:
-        """``frozen`` is how the weights are kept."""
+        """``portion`` is a forward pass's, ``frozen`` how the weights are kept."""
         self.policy = load_policy(folder, device=device, frozen=frozen).eval().requires_grad_(False)
         self.temperature = temperature
-        self.micro_batch_size = micro_batch_size
-        self.micro_batch_tokens = micro_batch_tokens
+        self.portion = portion
         self.dtype = dtype
         self.meter = Meter(threads)
 
     @torch.inference_mode()
     def logprobs(self, rollout: Rollout) -> Tensor:
         """(B, T) float32: log-probabilities of the response tokens, 0 elsewhere."""
-        with self.meter.busy():
+        with self.meter.busy(), named("reference", "judge", self.portion):
             self.meter.count(int(rollout.attention_mask.sum()))
-            return in_micro_batches(rollout, self.micro_batch_size, self._score, tokens=self.micro_batch_tokens)
+            return in_micro_batches(rollout, self.portion, self._score)
 
     def _score(self, micro: Rollout) -> Tensor:
         return policy_logprobs(self.policy, micro, temperature=self.temperature, dtype=self.dtype)
@@ -52,7 +52,7 @@ class ReferenceWorker:
 
     def usage(self) -> Usage:
         """Tokens scored and seconds spent since the last call."""
-        return self.meter.take()
+        return self.meter.take(self.portion.reduced)
 
     def __repr__(self) -> str:
         return f"ReferenceWorker({self.policy.wte.weight.device})"

@@ -11,13 +11,17 @@ import torch
 
 from rlhf_ray.config import LoRA
 from rlhf_ray.data.prompt_set import PromptSet
-from rlhf_ray.generation import make_engine, native_problem
+from rlhf_ray.generation import make_engine
 from rlhf_ray.generation.native_engine import NativeEngine
+from rlhf_ray.generation.requests import Completion
 from rlhf_ray.generation.rollouts import to_rollout
 from rlhf_ray.generation.sampling import Sampling, row_uniforms
+from rlhf_ray.generation.slots import ROW_BLOCK
 from rlhf_ray.models import GPT2
 from rlhf_ray.models.hf_weights import load_policy
-from rlhf_ray.models.lora import merge_into, merged, published, with_adapters
+from rlhf_ray.models.lora import published, with_adapters, with_plain_embeddings
+from rlhf_ray.models.shared_base import FrozenBase
+from rlhf_ray.shortage import Portion, named
 from rlhf_ray.tokenizer import Tokenizer
 from rlhf_ray.types import PromptBatch, Rollout, Usage, Weights
 from rlhf_ray.workers.direct import Inlet, Notice
@@ -33,6 +37,7 @@ class RolloutWorker:
     shard have a part in what it says.
     """
 
+    @named("rollout", "start")
     def __init__(
         self,
         folder: Path,
@@ -50,20 +55,22 @@ class RolloutWorker:
         engine: str = "auto",
         tokenizer: Tokenizer | None = None,
         lora: LoRA | None = None,
-        frozen: str = "float32",
+        base: FrozenBase | None = None,
+        auto_micro_batch: bool = False,
     ) -> None:
         """0 ``threads`` are its ``share`` of the cores where rows don't depend on it: in the native pass.
 
-        ``tokenizer`` is needed for stop strings alone.  With a ``lora`` adapters arrive as weights, and are merged into
-        what the folder holds, rounded as the learner's, ``frozen``, is: by the native engine while it packs, for the
-        other one in a second copy of the adapted layers.
+        ``tokenizer`` is needed for stop strings alone.  With a ``lora`` adapters arrive as weights, for the learner's
+        ``base``: on a CPU engines merge them while they pack, so that only what is packed is this worker's own; on a
+        GPU they stay beside it.  With ``auto_micro_batch`` fewer rows are generated at once
+        where memory does not suffice.
         """
-        self.policy = _load(folder, device=device, dtype=dtype, lora=lora, frozen=frozen)
+        self.policy = _load(folder, device=device, dtype=dtype, lora=lora, base=base)
         self.published = published(self.policy)
-        native = engine == "native" or (engine == "auto" and not native_problem(self.policy))
-        self.plain = self.policy if native else merged(self.policy)
         text = None if tokenizer is None else partial(tokenizer.token_bytes, skip_special=False)
-        self.engine = make_engine(self.plain, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows, text=text, kind=engine)
+        self.engine = make_engine(self.policy, eos_id=eos_id, pad_id=pad_id, max_rows=max_rows, text=text, kind=engine)
+        block = 1 if isinstance(self.engine, NativeEngine) else ROW_BLOCK
+        self.portion = Portion(setting="generation.max_rows", size=max_rows, least=block, auto=auto_micro_batch)
         self.prompts = prompts
         self.sampling = sampling
         self.seed = seed
@@ -72,11 +79,10 @@ class RolloutWorker:
         self.inlet = Inlet(self.policy.wte.weight.device)
         self.meter = Meter(threads or (share if isinstance(self.engine, NativeEngine) else 1))
 
+    @named("rollout", "publish")
     def update_weights(self, weights: Weights) -> None:
         """Take over a policy; AssertionError when its bytes or its version are not those that were sent."""
         import_weights(self.published, weights, threads=self.meter.threads)
-        if self.plain is not self.policy:
-            merge_into(self.plain, self.policy)
         self.policy_version = weights.policy_version
 
     def receive(self, meeting: Meeting) -> None:
@@ -98,8 +104,10 @@ class RolloutWorker:
         prompts = [list(self.prompts.token_ids[i]) for i in batch.prompt_ids]
         rows, length = range(batch.first_row, batch.first_row + len(batch)), self.sampling.max_new_tokens
         uniforms = np.stack([row_uniforms(self.seed, batch.step, row, length) for row in rows])  # (b, length)
-        with self.meter.busy():
-            completions = self.engine.generate(prompts, uniforms, self.sampling)
+        with self.meter.busy(), named("rollout", "generate", self.portion):
+            answer = partial(self._answer, prompts, uniforms)
+            lengths = partial(torch.tensor, [len(prompt) for prompt in prompts])
+            completions = self.portion.attempt(answer, lengths, undo=self.engine.release)
         self.meter.count(sum(len(completion.tokens) for completion in completions))
         rollout = to_rollout(
             prompts,
@@ -110,6 +118,10 @@ class RolloutWorker:
         )
         return replace(rollout, group_ids=torch.from_numpy(batch.group_ids.copy()))
 
+    def _answer(self, prompts: list[list[int]], uniforms: np.ndarray) -> list[Completion]:
+        self.engine.max_rows = self.portion.size
+        return self.engine.generate(prompts, uniforms, self.sampling)
+
     def sleep(self) -> None:
         """Give back what the next call makes again: the cache, and what the engine makes of the weights."""
         self.engine.release()
@@ -117,18 +129,16 @@ class RolloutWorker:
 
     def usage(self) -> Usage:
         """Tokens generated and seconds spent since the last call."""
-        return self.meter.take()
+        return self.meter.take(self.portion.reduced)
 
     def __repr__(self) -> str:
         return f"RolloutWorker(version={self.policy_version})"
 
 
-def _load(folder: Path, *, device: str, dtype: torch.dtype, lora: LoRA | None, frozen: str) -> GPT2:
-    """The folder's policy for inference, with new adapters if there is a ``lora``."""
+def _load(folder: Path, *, device: str, dtype: torch.dtype, lora: LoRA | None, base: FrozenBase | None) -> GPT2:
+    """The folder's policy for inference; with a ``lora`` its base, new adapters, and embeddings in ``dtype``."""
     if lora is None:
         return load_policy(folder, device=device, dtype=dtype).eval().requires_grad_(False)
-    if frozen == "float32":
-        base = load_policy(folder, device=device, dtype=dtype)
-    else:
-        base = merged(load_policy(folder, device=device, frozen=frozen)).to(dtype)
-    return with_adapters(base.eval(), lora, seed=0).requires_grad_(False)
+    assert base is not None
+    adapted = with_adapters(base.open(device), lora, seed=0)
+    return with_plain_embeddings(adapted, dtype).requires_grad_(False)

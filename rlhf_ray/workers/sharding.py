@@ -74,9 +74,9 @@ def like(x: Tensor, held: Tensor) -> Tensor:
 
 
 def load_whole(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a module's whole state, each rank its part."""
+    """Load a module's whole state, each rank its part; what is not given stays untouched."""
     held = module.state_dict()
-    module.load_state_dict({name: like(x, held[name]) for name, x in state.items()})
+    module.load_state_dict({name: like(x, held[name]) for name, x in state.items()}, strict=False)
 
 
 def load_whole_optimiser(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:

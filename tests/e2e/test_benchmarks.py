@@ -110,6 +110,12 @@ def test_host_memory_as_predicted(tmp_path: Path) -> None:
     assert row["predicted MB"] == pytest.approx(row["measured MB"], rel=0.25)
 
 
+def test_one_base_beside_copies_of_it(tmp_path: Path) -> None:
+    worker, together = quick("shared_base.py", tmp_path)["rows"]  # of tiny models, whose base is next to nothing
+    assert (worker["role"], together["role"]) == ("rollout 1", "all")
+    assert all(worker[way] == together[way] > 50 for way in ("copies, MB", "one base, MB"))
+
+
 @pytest.mark.gpu
 def test_a_preset_on_its_card(tmp_path: Path) -> None:
     (row,) = quick("gpu_memory.py", tmp_path)["rows"]

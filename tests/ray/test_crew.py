@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -18,17 +19,22 @@ from worlds import Workers, make_world, ppo_config, stir
 
 from rlhf_ray.crews import worker_arguments
 from rlhf_ray.data.prompts import PromptStream
-from rlhf_ray.failures import Deaths, GaveUp
+from rlhf_ray.failures import Deaths, GaveUp, WorkerLost
+from rlhf_ray.models.adapter_folders import Base
+from rlhf_ray.models.shared_base import FrozenBase
 from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.roles import gather
+from rlhf_ray.run import Run
 from rlhf_ray.runtime.all_crews import stop, wait_until_built
 from rlhf_ray.runtime.cluster import connect, ray
 from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.dispatch import MOST_LOSSES
+from rlhf_ray.runtime.loan import Loan
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.runtime.step_trace import CrewsTrace
 from rlhf_ray.types import Done, Rollout, Usage
 from rlhf_ray.workers.groups import GeneratorGroup, LocalCrew
+from rlhf_ray.workers.lending import Lent, card_of
 from rlhf_ray.workers.rollout import RolloutWorker
 
 
@@ -201,3 +207,54 @@ def test_a_course_that_was_left_ends_nobody_for_the_values_that_it_misses(tmp_pa
         assert learner.call("fall", "never", 0).result() == weights.result() == "never"
     finally:
         stop(crews)
+
+
+class Lender:
+    """Lends what says which process it is."""
+
+    def lend(self) -> Lent:
+        """A CPU's, which needs no GPU and is opened in the same way."""
+        return Lent(card=card_of(torch.device("cpu")), opening=(torch.tensor, ([os.getpid()],)))
+
+    def fall(self) -> None:
+        """Die."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def usage(self) -> Usage:
+        """Nothing."""
+        return Usage()
+
+
+class Borrower(Lender):
+    """Keeps what it was lent when it was built."""
+
+    def __init__(self, base: FrozenBase) -> None:
+        assert base.borrow
+        self.lent = base.borrow(torch.device("cpu"))
+
+    def read(self) -> tuple[int, int]:
+        """Whose memory it has, and who it is itself."""
+        assert self.lent is not None
+        return int(self.lent), os.getpid()
+
+
+def test_who_borrows_the_learners_memory_begins_anew_with_that_of_its_successor(tmp_path: Path) -> None:
+    seats = connect(need=[Request(role="learner", count=1, cpus=0.1), Request(role="reward", count=1, cpus=0.1)])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    common: dict[str, Any] = {"deaths": Deaths(3, 600.0, print), "timeout": 120.0}
+    learner = RayCrew(Lender, {}, role="learner", seats=seats["learner"], together=True, **common)
+    loan = Loan(learner, FrozenBase(base=Base(folder=tmp_path, sha256="")))
+    own = loan.given(lambda: [{}], lambda base: {"base": base})
+    reader = RayCrew(Borrower, {}, role="reward", seats=seats["reward"], own=own, borrows=True, **common)
+    try:
+        wait_until_built([learner, reader])
+        lender, first = reader.call("read").result()
+        assert lender != first and reader.call("read").result() == (lender, first)
+        with pytest.raises(WorkerLost):
+            learner.call("fall").result()
+        for crew in (learner, reader):
+            crew.restart()
+        successor, second = reader.call("read").result()
+        assert len({lender, first, successor, second}) == 4
+    finally:
+        stop([learner, reader])

@@ -29,6 +29,7 @@ from rlhf_ray.runtime.cluster import connect, ray
 from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.placement import Request
 from rlhf_ray.runtime.rendezvous import Rendezvous
+from rlhf_ray.shortage import micro_batch
 from rlhf_ray.types import Done, Judged, Shards
 from rlhf_ray.workers.groups import Crew, LearnerGroup, LocalCrew
 from rlhf_ray.workers.learner import LearnerWorker
@@ -42,7 +43,12 @@ class OpenLearner(LearnerWorker):
 
     def cut(self, rows: int) -> None:
         """Take so many rows a micro-batch from now on."""
-        self.config = self.config.model_copy(update={"micro_batch_size": rows})
+        self.portion = micro_batch(rows)
+
+    def checkpoint(self, on: bool) -> None:
+        """Keep activations, or compute them again."""
+        model: Any = self.model
+        model.policy.checkpointing = model.critic.trunk.checkpointing = on
 
     def parameters(self) -> Tensor | None:
         """Those of policy and critic in one vector, on the first rank."""
@@ -57,10 +63,10 @@ class OpenLearner(LearnerWorker):
         parts: list[Any] = list(self.model.policy.parameters())
         return sum((part.to_local() if self.sharded else part).numel() for part in parts)
 
-    def fall(self) -> None:
-        """Die, if this is the second rank."""
+    def suffer(self, number: signal.Signals) -> None:
+        """Die or hang, if this is the second rank."""
         if self.ranks.rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         self.ranks.sum(torch.ones(1))
 
 
@@ -154,11 +160,15 @@ def test_any_ranks_sharding_and_micro_batches_learn_the_same_and_read_each_other
     skipping = learn_from_a_bad_row(alone, judged, config)
     assert (skipping["update/skipped"], skipping["policy/optimiser_steps"]) == (2, 4)
     for sharding, crew in crews.items():
-        for rows in (1, 2, 12):
+        learned = []
+        for rows, checkpointing in ((1, False), (2, False), (12, False), (12, True)):
             LearnerGroup(crew).load(start)
             crew.call("cut", rows).result()
+            crew.call("checkpoint", checkpointing).result()
             agree(learn(crew, judged, config, steps=3), wanted)
-            torch.testing.assert_close(crew.call("parameters").result(), parameters, atol=1e-6, rtol=0)
+            learned.append(crew.call("parameters").result())
+            torch.testing.assert_close(learned[-1], parameters, atol=1e-6, rtol=0)
+        assert torch.equal(learned[-1], learned[-2])  # activations computed again are those that were kept
         end = save(crew, sharding)
         assert sorted(file.name for file in end.iterdir()) == sorted(file.name for file in start.iterdir())
         agree(learn(crew, judged, config, steps=1), onward)
@@ -168,7 +178,7 @@ def test_any_ranks_sharding_and_micro_batches_learn_the_same_and_read_each_other
         weights, own = (LearnerGroup(c).weights(4).result() for c in (crew, again))
         assert abs(weights.buffer - own.buffer).max() <= 1e-6
         tokens = int(judged.rollout.attention_mask.sum())
-        assert crew.usage().tokens == 10 * (1 + config.ppo.epochs) * tokens  # 10 steps, each rank's rows counted once
+        assert crew.usage().tokens == 13 * (1 + config.ppo.epochs) * tokens  # 13 steps, each rank's rows counted once
         agree([learn_from_a_bad_row(crew, judged, config)], [skipping])  # both ranks skip, or they would wait for ever
     whole, part = (crew.call("held").result() for crew in crews.values())
     assert whole / 2 <= part < 0.6 * whole
@@ -177,9 +187,14 @@ def test_any_ranks_sharding_and_micro_batches_learn_the_same_and_read_each_other
 def test_the_death_of_a_rank_is_the_death_of_all_and_they_begin_anew(crews: dict[str, RayCrew]) -> None:
     crew = crews["none"]
     with pytest.raises(WorkerLost, match="learner worker 1 died"):
-        crew.call("fall").result()
+        crew.call("suffer", signal.SIGKILL).result()
     crew.restart()
     assert crew.call("held").result() > 1000
+    crew.call_timeout = 3.0
+    with pytest.raises(WorkerLost, match=r"learner worker 0 died \(no answer to suffer for 3 s\)"):
+        crew.call("suffer", signal.SIGSTOP).result()  # the first one waits for the second: it is not known who hangs
+    meetings = [own["meeting"] for own in Rendezvous(2, timeout=60.0)()]
+    assert all(meeting.timeout >= 120 for meeting in meetings), "ranks wait for each other longer than a call may take"
 
 
 def test_a_run_of_two_sharded_learners_equals_one_alone_and_one_alone_takes_it_up(world: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-from worlds import make_world, ppo_config
+from worlds import adapt_reward, make_world, ppo_config
 
 from rlhf_ray import app
 from rlhf_ray.config import Memory, PPOConfig
@@ -63,13 +63,20 @@ def test_any_number_of_rollout_workers_gives_the_same_rows_and_metrics(world: Pa
             assert memory[role]["predicted"] == pytest.approx(memory[role]["measured"], rel=0.25), role
 
 
-def test_adapters_give_the_same_on_two_workers_and_begin_without_kl(world: Path) -> None:
-    """Their learner is the reference too; workers are sent adapters, and merge them."""
-    alone, both = (
-        ppo_config(world, run=f"lora-{n}", num_rollout_workers=n, total_steps=2, lora={"rank": 4}) for n in (0, 2)
-    )
+def test_adapters_give_the_same_on_two_workers_and_begin_without_kl(tmp_path: Path) -> None:
+    """Their learner is the reference too; workers are sent adapters, and merge them.  Two workers, the learner and the
+    reward model, itself adapters, read one copy of what is below; alone nothing is shared."""
+    make_world(tmp_path)
+    adapt_reward(tmp_path)
+    changes: dict[str, Any] = {"total_steps": 2, "lora": {"rank": 4}}
+    alone = ppo_config(tmp_path, run="lora-0", memory={"frozen": "int8", "share_base": False}, **changes)
+    both = ppo_config(tmp_path, run="lora-2", memory={"frozen": "int8"}, num_rollout_workers=2, **changes)
     for config in (alone, both):
         app.train_ppo(config)
+    log = (app.run_folder(both) / "log.txt").read_text(encoding="utf-8")
+    assert f"rollout, learner, reward {tmp_path / 'reward'} read one copy of {tmp_path / 'policy'} in int8" in log
+    memory = json.loads((app.run_folder(both) / "memory.json").read_text(encoding="utf-8"))["roles"]["base"]
+    assert memory["predicted"] == pytest.approx(memory["measured"], rel=0.25)
     assert numbers(both) == numbers(alone)
     assert [row["objective/kl"] == 0.0 for row in numbers(both)] == [True, False]
     adapter = Path("step_000002", "adapter", "adapter_model.safetensors")

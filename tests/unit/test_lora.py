@@ -27,7 +27,7 @@ from rlhf_ray.models.adapter_folders import Base, load_adapter, read_lora, save_
 from rlhf_ray.models.grow import grow
 from rlhf_ray.models.hf_weights import load_policy, load_reward_model, save_policy
 from rlhf_ray.models.layout import Layout
-from rlhf_ray.models.lora import adapted_layers, merge_into, merged, with_adapters
+from rlhf_ray.models.lora import adapted_layers, merged, with_adapters
 from rlhf_ray.objectives import OBJECTIVES
 from rlhf_ray.ops.logprobs import before, token_logprobs
 from rlhf_ray.run import read_metrics
@@ -73,13 +73,11 @@ def test_merged_weights_say_what_adapters_say(targets: list[Any]) -> None:
     model = stir_adapters(with_adapters(base, LoRA(rank=4, alpha=8.0, targets=targets), seed=0))
     assert len(list(adapted_layers(model))) == 2 * len(targets)
     plain = merged(model)
-    torch.testing.assert_close(logprobs_of(plain), logprobs_of(model), atol=1e-5, rtol=1e-6)
+    found, expected = (network.logits(network(TOKENS)) for network in (plain, model))
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()  # merging in float64 gives no less
     assert (logprobs_of(base) - logprobs_of(model)).abs().max() > 0.1
     name, layer = next(adapted_layers(model))
     torch.testing.assert_close(plain.get_parameter(f"{name}.weight"), layer.base.weight + 2.0 * layer.B @ layer.A)
-    for _ in range(3):
-        merge_into(plain, model)  # always from the base: nothing adds up
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), merged(model).parameters(), strict=True))
 
 
 class Made(TorchDispatchMode):
@@ -277,7 +275,8 @@ def test_a_ppo_run_begins_with_no_kl_and_resumes_bit_for_bit(world: Path) -> Non
     for step in (2, 3):
         shutil.rmtree(folder / f"step_00000{step}")
     app.train_ppo(config)
-    assert "going on from" in (folder / "log.txt").read_text(encoding="utf-8")
+    log = (folder / "log.txt").read_text(encoding="utf-8")
+    assert "going on from" in log and f"; {world / 'reward'} has weights of its own" in log
     assert all(file.read_bytes() == expected for file, expected in files.items())
     assert [row["objective/scores"] for row in read_metrics(folder)] == [row["objective/scores"] for row in rows]
 

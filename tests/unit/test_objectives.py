@@ -17,6 +17,7 @@ from rlhf_ray.objectives.language_model import LanguageModel, windows
 from rlhf_ray.objectives.next_token import Document, TokenRow, to_rows
 from rlhf_ray.objectives.sft import SFT
 from rlhf_ray.runtime.train_step import World, accumulate, step_input
+from rlhf_ray.shortage import micro_batch
 from rlhf_ray.tokenizer import Tokenizer
 
 CHATS = [
@@ -47,9 +48,7 @@ def gradient(model: GPT2) -> Tensor:
 def step(objective: SFT, rows: list[TokenRow], *, micro_batch_size: int = 99) -> tuple[float, Tensor]:
     """Loss and gradient of one optimiser step over the rows."""
     model = objective.build(torch.device("cpu"))
-    loss = accumulate(
-        objective, model, step_input(objective, rows, World(), micro_batch_size=micro_batch_size), World()
-    )
+    loss = accumulate(objective, model, step_input(objective, rows, World(), micro_batch(micro_batch_size)), World())
     return float(loss), gradient(model)
 
 
@@ -105,7 +104,7 @@ def test_shares_of_ranks_add_up_to_the_whole(sft: SFT) -> None:
     model, losses = sft.build(torch.device("cpu")), []
     for rank in range(3):
         world = World(rank=rank, size=3)
-        losses.append(float(accumulate(sft, model, step_input(sft, rows, world, micro_batch_size=1), world)))
+        losses.append(float(accumulate(sft, model, step_input(sft, rows, world, micro_batch(1)), world)))
     assert sum(losses) == pytest.approx(loss, rel=1e-6)
     torch.testing.assert_close(gradient(model), grad, atol=1e-6, rtol=1e-4)
 
@@ -187,7 +186,7 @@ def test_pretraining_counts_every_token_once(tmp_path: Path) -> None:
     expected = sum(len(small_tokenizer().encode(text)) + 1 for text in documents)  # EOS is a target, BOS is not
     assert sum(row.weight for row in dataset.train) == expected
     model = objective.build(torch.device("cpu"))
-    loss = accumulate(objective, model, step_input(objective, dataset.train, World(), micro_batch_size=4), World())
+    loss = accumulate(objective, model, step_input(objective, dataset.train, World(), micro_batch(4)), World())
     assert float(loss) == pytest.approx(torch.tensor(model.config.vocab_size).log().item(), abs=0.1)
 
 

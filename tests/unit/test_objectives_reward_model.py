@@ -18,6 +18,7 @@ from rlhf_ray.objectives import pair_metrics
 from rlhf_ray.objectives.baselines import BagOfWords, length_baseline, words
 from rlhf_ray.objectives.reward_model import RewardModel, pad_right
 from rlhf_ray.runtime.train_step import World, accumulate, gather_facts, step_input
+from rlhf_ray.shortage import micro_batch
 from rlhf_ray.workers.snapshot import copy_of_module
 
 CPU = torch.device("cpu")
@@ -51,15 +52,15 @@ def test_loss_is_the_mean_of_log_sigmoids_whatever_the_micro_batch(objective: Re
     scores = [[float(model(*pad_right([tokens])).detach()) for tokens in (row.chosen, row.rejected)] for row in rows]
     margins = torch.tensor([chosen - rejected for chosen, rejected in scores]) - torch.tensor([0.0, 0.0, 0.5])
     for size in (1, 2, 3):
-        loss = accumulate(objective, model, step_input(objective, rows, World(), micro_batch_size=size), World())
+        loss = accumulate(objective, model, step_input(objective, rows, World(), micro_batch(size)), World())
         assert float(loss) == pytest.approx(float(-F.logsigmoid(margins).mean()), abs=1e-5)
 
 
 def test_score_does_not_depend_on_padding_or_neighbours(objective: RewardModel) -> None:
     torch.manual_seed(0)
     model, rows = objective.build(CPU).eval(), list(objective.dataset().train)
-    together = gather_facts(objective, model, rows, World(), micro_batch_size=3)
-    alone = gather_facts(objective, model, rows, World(), micro_batch_size=1)
+    together = gather_facts(objective, model, rows, World(), micro_batch(3))
+    alone = gather_facts(objective, model, rows, World(), micro_batch(1))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
     tokens, mask = pad_right([rows[0].chosen])
     for left, right, token in ((0, 7, 5), (7, 0, 5), (3, 4, 9)):

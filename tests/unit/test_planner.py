@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,16 @@ def test_adapters_take_the_place_of_gradients_and_of_the_reference() -> None:
     assert "reference" not in [need.role for need in prediction.needs]
     assert learner.held["weights"] == sizes.stored(SMALL, "int8") + 4 * (adapters + 33)
     assert learner.held["moments"] == 8 * (adapters + 33)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_shared_base_is_counted_once(device: Any) -> None:
+    models = replace(MODELS, over=(True,), critic_over=True)
+    lora = {"lora.rank": 4, "memory.frozen": "int8"}
+    one, copies = (predict(config(**lora, **{"memory.share_base": x}), models, device) for x in (True, False))
+    others = {"rollout": 2, "reward": 1, "learner": 1}  # on a host it is nobody's, on a card the learner's
+    assert copies.total - one.total == (sum(others.values()) - 1) * sizes.stored(SMALL, "int8")
+    assert ("base" in [need.role for need in one.needs]) == (device == "cpu")
 
 
 def test_prediction_beside_real_workers(tmp_path: Path) -> None:
@@ -251,6 +262,7 @@ def test_every_preset_fits_the_card_of_its_name(name: str) -> None:
     asked = load(PPOConfig, ["--config", str(preset_file("ppo", name))])
     generation = asked.generation
     assert (asked.num_rollout_workers, generation.prompt_length, generation.response_length) == (2, 256, 256)
+    assert generation.dtype == "bfloat16" and asked.memory.frozen != "float32"
     card = int(name.rpartition("_")[2].removesuffix("gb"))
     models = models_of(asked, named=SHAPES[name])
     assert name == "mini_xl_6gb" or models == models_of(asked)  # its folders are the default ones
@@ -258,11 +270,12 @@ def test_every_preset_fits_the_card_of_its_name(name: str) -> None:
     assert found.chosen == {}
 
 
-def test_the_table_of_presets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_presets_is_the_one_in_the_docs(capsys: pytest.CaptureFixture[str], repository: Path) -> None:
     show_presets()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(SHAPES) and all(line.count("|") == len(CARDS) + 2 for line in lines)
     assert all(" no" not in line.split("|")[-2] for line in lines[2:])  # 24 GB are enough for every preset
+    assert "\n".join(lines) in (repository / "docs" / "MEMORY.md").read_text(encoding="utf-8")
 
 
 def test_rows_of_the_table_are_the_prediction() -> None:

@@ -17,7 +17,8 @@ from rlhf_ray.ppo_inputs import read_inputs
 from rlhf_ray.rl_run import RLRun
 from rlhf_ray.roles import Roles
 from rlhf_ray.run import Run
-from rlhf_ray.types import Judged
+from rlhf_ray.shortage import micro_batch
+from rlhf_ray.types import Judged, select
 from rlhf_ray.workers.groups import GeneratorGroup, LearnerGroup, LocalCrew, ReferenceGroup, RewardGroup
 from rlhf_ray.workers.reference import ReferenceWorker
 
@@ -119,7 +120,7 @@ def test_a_reference_that_is_another_policy_is_refused_and_nothing_is_trained(wo
     save_policy(other, tmp_path / "other", **special)
     workers = Workers.build(config)
     reference = ReferenceWorker(
-        tmp_path / "other", temperature=1.0, micro_batch_size=4, device="cpu", dtype=torch.float32, threads=1
+        tmp_path / "other", temperature=1.0, portion=micro_batch(4), device="cpu", dtype=torch.float32, threads=1
     )
     learner = LearnerGroup(LocalCrew(workers.learner))
     roles = Roles(

@@ -175,7 +175,7 @@ def test_a_reader_of_the_senders_memory_has_what_was_published_and_the_newest_ve
         assert weights is not None
         import_weights(model := random_model().to(torch.bfloat16), weights)
     assert_same(list(model.parameters()), policy.bfloat16())
-    assert taken(Inlet(CPU), replace(notice, card="another")) is None
+    assert notice.lent and taken(Inlet(CPU), replace(notice, lent=replace(notice.lent, card="another"))) is None
     with pytest.raises(AssertionError, match="version 2 is kept no longer"):
         sender.kept(2)
     with pytest.raises(AssertionError, match="arrived altered"):
