@@ -183,7 +183,7 @@ class RLRun:
         if self.config.sample_rows and (done % self.config.samples_every == 0 or done == 1):
             self.run.samples(done, sample_rows(judged, experience, self.tokenizer, self.config.sample_rows))
             self.run.histograms(done, histograms(judged, experience))
-        if metrics["update/skipped"]:
+        if metrics["update/skipped"] or metrics["objective/unscored"]:
             self.health.keep(done, judged, experience)
         few = select(judged.rollout, slice(JUDGED_ROWS))
         metrics |= {f"judge/{name}": float(judge(few).mean()) for name, judge in self.judges.items()}

@@ -5,6 +5,7 @@ Left out on purpose: where they are written, which the run knows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,11 +19,11 @@ from rlhf_ray.types import Experience, Judged, Rollout
 def pick(scores: Tensor, count: int) -> dict[int, str]:
     """Numbers of at most ``count`` rows, in row order, with why each is shown: best, worst or random.
 
-    An eighth of them are the best of the batch and an eighth the worst; as prompts come in a shuffled order, the first
-    of the others are a random choice.
+    An eighth of them are the best of the batch and an eighth the worst, first of all those without a score; as prompts
+    come in a shuffled order, the first of the others are a random choice.
     """
     extremes = (count + 5) // 8
-    order: list[int] = scores.argsort(stable=True).tolist()
+    order: list[int] = scores.nan_to_num(nan=-math.inf).argsort(stable=True).tolist()
     picked = dict.fromkeys(order[:extremes], "worst") | dict.fromkeys(order[::-1][:extremes], "best")
     for row in range(len(scores)):
         if len(picked) < count:

@@ -27,7 +27,7 @@ from rlhf_ray.ops.losses import explained_variance, log_importance
 from rlhf_ray.ops.masked import masked_mean, masked_var, whiten
 from rlhf_ray.ops.repetition import distinct_rows, repeated_ngrams
 from rlhf_ray.roles import Roles, Run, gather
-from rlhf_ray.types import Experience, Judged, Rollout, Shards
+from rlhf_ray.types import Experience, Judged, Rollout, Shards, select
 
 FIRST_KL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats per sequence between two copies of one policy: rounding alone."""
@@ -49,7 +49,8 @@ def kl_controller(config: KL) -> KLController:
 def train(config: PPOConfig, roles: Roles, run: Run) -> None:
     """Train until the run's steps are done or it is asked to stop.
 
-    Raises ValueError when the first rollouts show that policy, reference and generator are not the same model.
+    Raises ValueError when the first rollouts show that policy, reference and generator are not the same model, or that
+    the reward has no opinion.
     """
 
     def judge(rollouts: Shards[Rollout]) -> tuple[Shards[Tensor], Shards[Tensor]]:
@@ -74,17 +75,19 @@ def train(config: PPOConfig, roles: Roles, run: Run) -> None:
             check_first_kl(judged, first_kl_tolerance(config))
             coarser = min(config.ppo.dtype, config.generation.dtype)  # bfloat16 when either is
             check_first_mismatch(judged, coarser)
+            check_first_scores(judged)
         coef = raised(controller.coef, config.kl.rollback_factor, run.rollbacks)
-        experience, credited = credit(config.ppo, judged, coef)  # 3. credit
         check_staleness(rollout, step, config.max_staleness)
-        if config.max_staleness:
-            experience, corrected = correct(experience, config.ppo.importance_cap)
-            credited |= corrected
+        with run.time("credit"):  # 3. credit
+            experience, credited = credit(config.ppo, judged, coef)
+            if config.max_staleness:
+                experience, corrected = correct(experience, config.ppo.importance_cap)
+                credited |= corrected
         if config.memory.sleep:
             for idle in (roles.reward, roles.reference, *([] if config.max_staleness else [roles.generator])):
                 idle.sleep()
         with run.time("learn"):  # 4. learn
-            learned = roles.learner.update(experience).result()
+            learned = roles.learner.update(select(experience, scored(judged.scores))).result()
         if config.memory.sleep:
             roles.learner.sleep()
         with run.time("publish"):  # 5. publish
@@ -126,10 +129,25 @@ def check_first_mismatch(judged: Judged, dtype: str) -> None:
         )
 
 
+def check_first_scores(judged: Judged) -> None:
+    """Raise ValueError when no answer of the first batch has a finite score."""
+    if not bool(judged.scores.isfinite().any()):
+        raise ValueError(
+            f"at step 0 none of the {len(judged.scores)} scores is a finite number, the first is "
+            f"{judged.scores[0].item()}: mend the reward; refusing to train"
+        )
+
+
 def check_staleness(rollout: Rollout, step: int, limit: int) -> None:
     """AssertionError when a row was sampled more than ``limit`` updates ago, or by a policy that is yet to come."""
     staleness = step - rollout.policy_version
     assert int(staleness.min()) >= 0 and int(staleness.max()) <= limit, f"staleness {staleness.tolist()}, limit {limit}"
+
+
+def scored(scores: Tensor) -> Tensor:
+    """Which rows (B,) have a finite score, and are learned from; all where none has one, which the learner skips."""
+    finite = scores.isfinite()
+    return finite if bool(finite.any()) else torch.ones_like(finite)
 
 
 def shape_scores(config: PPO, scores: Tensor, finished: Tensor) -> Tensor:
@@ -142,19 +160,24 @@ def shape_scores(config: PPO, scores: Tensor, finished: Tensor) -> Tensor:
 
 
 def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dict[str, float]]:
-    """From scores to advantages: KL-shaped rewards, GAE and whitening over the whole batch; and its metrics."""
+    """From scores to advantages: KL-shaped rewards, GAE and whitening over the whole batch; and its metrics.
+
+    A row whose score is not finite counts for nothing in what comes from scores, and its own returns are not finite.
+    """
     rollout, evaluation = judged.rollout, judged.evaluation
     mask, old_logprobs = rollout.response_mask, evaluation.old_logprobs
     assert evaluation.values is not None, "PPO needs a critic"
+    rows = scored(judged.scores)
+    counted = mask & rows[:, None]
     scores = shape_scores(config, judged.scores, rollout.finished)
     rewards, kl = kl_shaped_rewards(scores, old_logprobs, judged.ref_logprobs, mask, kl_coef)  # (B, T) each
     if config.whiten_rewards:
-        rewards = whiten(rewards, mask, keep_mean=True)
+        rewards = whiten(rewards, counted, keep_mean=True)
     advantages, returns = gae(rewards, evaluation.values, mask, config.gamma, config.gae_lambda)
     experience = Experience(
         rollout=rollout,
         old_logprobs=old_logprobs,
-        advantages=whiten(advantages, mask) if config.whiten_advantages else advantages,
+        advantages=whiten(advantages, counted) if config.whiten_advantages else advantages,
         values=evaluation.values,
         returns=returns,
     )
@@ -162,19 +185,20 @@ def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dic
     k3_kl = sequence_kl(old_logprobs, judged.ref_logprobs, mask, k3)
     lengths = rollout.response_lengths.float()
     metrics = {
-        "objective/scores": judged.scores.mean(),
-        "objective/scores_std": judged.scores.std(correction=0),
-        "objective/rlhf_reward": (scores - kl_coef * kl.sum(1)).mean(),
+        "objective/scores": judged.scores[rows].mean(),
+        "objective/scores_std": judged.scores[rows].std(correction=0),
+        "objective/unscored": (~judged.scores.isfinite()).sum(),
+        "objective/rlhf_reward": (scores - kl_coef * kl.sum(1))[rows].mean(),
         "objective/kl": kl.sum(1).mean(),
         "objective/kl_k3": k3_kl.mean(),
         "objective/kl_coef": torch.tensor(kl_coef),
         "objective/entropy": masked_mean(evaluation.entropy, mask),
         "objective/eos_rate": rollout.finished.float().mean(),
         "val/num_eos_tokens": rollout.finished.float().sum(),
-        "val/explained_variance": explained_variance(evaluation.values, returns, mask),
+        "val/explained_variance": explained_variance(evaluation.values, returns, counted),
         "val/value_mean": masked_mean(evaluation.values, mask),
-        "val/return_mean": masked_mean(returns, mask),
-        "val/advantage_std": masked_var(advantages, mask).sqrt(),
+        "val/return_mean": masked_mean(returns, counted),
+        "val/advantage_std": masked_var(advantages, counted).sqrt(),
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
         "response/repetition": repeated_ngrams(rollout.tokens, mask).mean(),

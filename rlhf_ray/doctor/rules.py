@@ -65,6 +65,12 @@ RULES: tuple[Rule, ...] = (
         remedy="look at the rows in skipped/; if it comes back, lower ppo.lr or take dtype float32",
     ),
     Rule(
+        name="reward_not_finite",
+        symptom=see.unscored,
+        cause="a reward that divides by nothing, or takes the logarithm of nothing, for some answers",
+        remedy="mend the reward; such answers are in skipped/ and among the worst of samples/",
+    ),
+    Rule(
         name="rolled_back",
         symptom=see.rolled_back,
         severity="note",

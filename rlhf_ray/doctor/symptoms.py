@@ -66,6 +66,12 @@ def skipped(h: History) -> str | None:
     return f"{count:g} mini-batches were skipped: loss or gradient was not finite" if count > 0 else None
 
 
+def unscored(h: History) -> str | None:
+    """Answers that the reward has no number for."""
+    count = h.now("objective/unscored")
+    return f"{count:g} of the batch's scores are NaN or infinite" if count > 0 else None
+
+
 def rolled_back(h: History) -> str | None:
     """The run's count of rollbacks has risen."""
     now, before = h.last("doctor/rollbacks", 2)[::-1]

@@ -48,6 +48,7 @@ DEMO = {
     "val/first_ratio_error": (0.0, 0.0, 0.0),
     "policy/optimiser_steps": (8.0, 8.0, 0.0),
     "update/skipped": (0.0, 0.0, 0.0),
+    "objective/unscored": (0.0, 0.0, 0.0),
     "staleness/max": (0.0, 0.0, 0.0),
     "perf/busy_share/learner": (0.94, 0.94, 0.02),
     "perf/busy_share/generator": (0.07, 0.1, 0.01),
@@ -86,6 +87,7 @@ FAULTS: dict[str, Callable[[Row], Row]] = {
     "collapse": becomes("response/distinct", 0.02),
     "not_finite": once("loss/policy_avg", math.nan),
     "skipped_update": once("update/skipped", 1),
+    "reward_not_finite": once("objective/unscored", 3),
     "rolled_back": becomes("doctor/rollbacks", 1),
     "negative_kl": becomes("objective/kl", -2.0),
     "high_kl": becomes("objective/kl", 9.0),
@@ -129,6 +131,43 @@ def test_every_rule_fires_on_its_fault_and_no_other_does(rule: str) -> None:
         assert finding.first_step >= BEGAN or rule == "first_kl"
         assert finding.first_step <= finding.last_step <= 50 and finding.sentence and finding.remedy in str(finding)
         assert "nan" not in finding.sentence or rule == "not_finite"
+
+
+NEARLY: dict[str, Callable[[Row], Row]] = {
+    "no_finite_update": both(becomes("update/skipped", 7), becomes("policy/optimiser_steps", 1)),
+    "kl_explosion": both(becomes("objective/kl", 15.0), becomes("response_length/mean", 15.5)),
+    "collapse": both(becomes("response/distinct", 0.06), becomes("objective/entropy", 0.0035)),
+    "not_finite": once("time/step", math.inf),  # says nothing of how the model does
+    "skipped_update": once("update/skipped", 0),
+    "reward_not_finite": once("objective/unscored", 0),
+    "rolled_back": becomes("doctor/rollbacks", 0),
+    "negative_kl": once("objective/kl", -1.0),
+    "high_kl": both(becomes("objective/kl", 6.0), becomes("response_length/mean", 13.0)),
+    "first_kl": once("objective/kl", 0.4, step=1),
+    "ratio": both(becomes("val/ratio", 1.09), becomes("val/first_ratio_error", 0.25)),
+    "reward_hacking": becomes("judge/score", lambda row: 1 + math.sin(row["step"])),
+    "length_drift": becomes("response_length/mean", 20.0),
+    "repetition": becomes("response/repetition", 0.19),
+    "entropy_collapse": becomes("objective/entropy", 0.07),
+    "entropy_rise": becomes("objective/entropy", 1.2),
+    "no_eos": becomes("objective/eos_rate", 0.12),
+    "eos_at_once": becomes("response_length/mean", 1.6),
+    "critic": lambda row: row | {"val/explained_variance": -0.4} if BEGAN <= row["step"] < BEGAN + 9 else row,
+    "clip_fraction": becomes("policy/clipfrac_avg", 0.28),
+    "flat_rewards": once("objective/scores_std", 0.0),
+    "no_progress": lambda row: row | {"objective/scores": 0.17 + 0.003 * row["step"]},
+    "generator_mismatch": becomes("mismatch/mean", 0.018),
+    "stale_weights": both(becomes("importance/truncated", 0.09), becomes("staleness/max", 2)),
+    "spike": once("policy/grad_norm", 9.0),
+    "starved_learner": becomes("perf/busy_share/learner", 0.27),
+    "starved_generators": becomes("perf/busy_share/generator", 0.022),
+}
+"""What is not yet the fault: a value within its limit, or one that does not last."""
+
+
+def test_no_rule_fires_just_within_its_limit() -> None:
+    for rule in RULES:
+        assert rule.name not in {finding.rule for finding in diagnose(map(NEARLY[rule.name], healthy()))}
 
 
 def test_a_finding_is_one_for_as_long_as_it_lasts_and_a_resumed_doctor_remembers() -> None:
@@ -255,36 +294,7 @@ def test_rows_that_no_update_was_made_from_are_kept_for_a_few_steps(world: Path,
         }
 
 
-SABOTAGE = """
-def long(response, **row):
-    return len(response) / 10
-
-def brief(response, **row):
-    return -len(response)
-"""
-
-
-def test_a_reward_that_likes_length_against_the_judges_word_is_named(world: Path, tmp_path: Path) -> None:
-    """Judges only look: without one the run's other metrics are the same."""
-    (tmp_path / "score.py").write_text(SABOTAGE, encoding="utf-8")
-    changes: dict[str, Any] = {"reward": [f"{tmp_path}/score.py:long"], "total_steps": 24, "batch_size": 32}
-    changes |= {"kl": {"coef": 0.0}, "ppo": {"lr": 3e-3, "mini_batch_size": 16, "micro_batch_size": 16}}
-    judged = ppo_config(world, run="judged", judges=[f"{tmp_path}/score.py:brief"], **changes)
-    app.train_ppo(judged)
-    rows = read_metrics(app.run_folder(judged))
-    assert rows[0]["judge/brief"] > rows[-1]["judge/brief"]
-    found = {finding.rule for finding in diagnose(rows)}
-    assert found >= {"reward_hacking", "high_kl"}
-    plain = ppo_config(world, run="plain", **changes | {"total_steps": 2})
-    app.train_ppo(plain)
-    first = [{k: v for k, v in row.items() if not k.startswith(("judge/", "time/", "perf/"))} for row in rows[:1]]
-    assert [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))}
-        for row in read_metrics(app.run_folder(plain))[:1]
-    ] == first
-
-
 def test_a_judge_that_can_not_be_asked_is_refused_before_workers_start(world: Path, tmp_path: Path) -> None:
-    (tmp_path / "score.py").write_text(SABOTAGE, encoding="utf-8")
+    (tmp_path / "score.py").write_text("def brief(response, **row):\n    return -len(response)\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"judges = .*has no function other"):
         app.train_ppo(ppo_config(world, run="refused", judges=[f"{tmp_path}/score.py:other"]))

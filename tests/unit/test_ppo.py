@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,6 +78,29 @@ def test_the_rewards_of_a_row_sum_to_its_score_less_the_price_of_its_kl(world: P
     assert metrics["objective/rlhf_reward"] == pytest.approx(float(total.mean()), abs=1e-5)
     assert metrics["objective/kl"] == pytest.approx(float(kl.mean()), abs=1e-5)
     assert metrics["objective/scores"] == pytest.approx(float(judged.scores.mean()), abs=1e-6)
+
+
+def test_a_row_without_a_finite_score_counts_for_nothing(world: Path) -> None:
+    workers = Workers.build(ppo_config(world))
+    judged = moved_judged(workers)
+    scores = judged.scores.clone()
+    scores[[3, 7]] = torch.tensor([math.nan, math.inf])
+    others = torch.tensor([i not in (3, 7) for i in range(len(scores))])
+    for config in (workers.config.ppo, workers.config.ppo.model_copy(update={"whiten_rewards": True})):
+        experience, metrics = ppo.credit(config, replace(judged, scores=scores), 0.3)
+        alone, expected = ppo.credit(config, select(judged, others), 0.3)
+        learned = select(experience, ppo.scored(scores))
+        torch.testing.assert_close(learned.advantages, alone.advantages)
+        torch.testing.assert_close(learned.returns, alone.returns)
+        of_scores = ("objective/scores", "objective/scores_std", "objective/rlhf_reward", "val/explained_variance")
+        assert [metrics[name] for name in of_scores] == pytest.approx([expected[name] for name in of_scores], rel=1e-5)
+        assert (metrics["objective/unscored"], expected["objective/unscored"]) == (2, 0)
+    nothing = replace(judged, scores=torch.full_like(scores, math.nan))
+    experience, metrics = ppo.credit(config, nothing, 0.3)
+    assert ppo.scored(nothing.scores).all() and metrics["objective/unscored"] == len(scores)
+    assert experience.returns is not None and experience.returns[judged.rollout.response_mask].isnan().all()
+    with pytest.raises(ValueError, match="at step 0 none of the 12 scores is a finite number, the first is nan"):
+        ppo.check_first_scores(nothing)
 
 
 def test_advantages_are_white_over_the_batch_and_returns_are_not(world: Path) -> None:
