@@ -113,5 +113,5 @@ def gather(*batches: Shards[Any]) -> Any:
     (b, t) fields are padded on the right to one width over all batches, so that tensors of different roles align.
     Raises what the shards' computations raised.
     """
-    joined = [concat([handle.result() for handle in shards.handles]) for shards in batches]
+    joined = [concat(shards.handles[0].results(shards.handles)) for shards in batches]
     return joined[0] if len(joined) == 1 else tuple(joined)

@@ -215,6 +215,11 @@ class Handle(Protocol[X_co]):
         """Wait for the value, and raise what its computation raised."""
         ...
 
+    @staticmethod
+    def results(handles: Sequence[Any]) -> list[Any]:
+        """Wait for the values of several handles of this kind, which takes less than one after another."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[X]):
@@ -225,6 +230,11 @@ class Done(Generic[X]):
     def result(self) -> X:
         """Return the value."""
         return self.value
+
+    @staticmethod
+    def results(handles: Sequence[Done[Any]]) -> list[Any]:
+        """Return the values."""
+        return [handle.result() for handle in handles]
 
 
 @dataclass(frozen=True, slots=True)
