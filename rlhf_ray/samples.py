@@ -9,11 +9,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlhf_ray.ops.kl import kl_terms
 from rlhf_ray.tokenizer import StreamDecoder, Tokenizer
-from rlhf_ray.types import Experience, Judged, Rollout
+from rlhf_ray.types import Experience, Judged, Rollout, select
+
+HISTOGRAM_ROWS = 1024
+"""Rows of a step, which come in random order, whose spread is shown."""
 
 
 def pick(scores: Tensor, count: int) -> dict[int, str]:
@@ -49,10 +53,12 @@ def token_texts(ids: list[int], tokenizer: Tokenizer) -> list[str]:
 
 def sample_rows(judged: Judged, experience: Experience, tokenizer: Tokenizer, count: int) -> Iterator[dict[str, Any]]:
     """At most ``count`` rows of a step: KL summed over each response in nats, its mean advantage."""
+    picked = pick(judged.scores, count)
+    judged, experience = (select(whole, torch.tensor([*picked])) for whole in (judged, experience))
     rollout, mask = judged.rollout, judged.rollout.response_mask
-    kl = kl_terms(experience.old_logprobs, judged.ref_logprobs, mask).sum(1)  # (B,)
+    kl = kl_terms(experience.old_logprobs, judged.ref_logprobs, mask).sum(1)  # (b,)
     advantages = experience.advantages.sum(1) / mask.sum(1)
-    for row, why in pick(judged.scores, count).items():
+    for row, why in enumerate(picked.values()):
         prompt, response = texts(rollout, row, tokenizer)
         yield {
             "pick": why,
@@ -66,7 +72,11 @@ def sample_rows(judged: Judged, experience: Experience, tokenizer: Tokenizer, co
 
 
 def histograms(judged: Judged, experience: Experience) -> dict[str, Tensor]:
-    """What TensorBoard shows the spread of: one value a response, or a token for advantages and importance weights."""
+    """What TensorBoard shows the spread of: one value a response, or a token for advantages and importance weights.
+
+    That of so many rows is that of all.
+    """
+    judged, experience = select(judged, slice(HISTOGRAM_ROWS)), select(experience, slice(HISTOGRAM_ROWS))
     rollout, mask = judged.rollout, judged.rollout.response_mask
     spread = {
         "scores": judged.scores,

@@ -283,6 +283,6 @@ def select(value: Any, rows: Tensor | slice) -> Any:
     return _map(value, lambda x: x[rows])
 
 
-def trim(value: Any, width: int) -> Any:
-    """The first ``width`` columns of every (B, T) tensor in a dataclass."""
-    return _map(value, lambda x: x[:, :width] if x.ndim == 2 else x)
+def columns(value: Any, which: slice) -> Any:
+    """The given columns of every (B, T) tensor in a dataclass."""
+    return _map(value, lambda x: x[:, which] if x.ndim == 2 else x)

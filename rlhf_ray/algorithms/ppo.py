@@ -19,15 +19,16 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlhf_ray.config import KL, PPO, PPOConfig
 from rlhf_ray.ops.advantages import MISSING_EOS, clip_scores, gae, kl_shaped_rewards
 from rlhf_ray.ops.kl import AdaptiveKL, FixedKL, KLController, k3, raised, sequence_kl
 from rlhf_ray.ops.losses import explained_variance, log_importance
-from rlhf_ray.ops.masked import masked_mean, masked_var, whiten
+from rlhf_ray.ops.masked import masked_mean, masked_var, response_columns, whiten
 from rlhf_ray.ops.repetition import distinct_rows, repeated_ngrams
 from rlhf_ray.roles import Roles, Run, gather
-from rlhf_ray.types import Experience, Judged, Rollout, Shards, select
+from rlhf_ray.types import Experience, Judged, Rollout, Shards, columns, select
 
 FIRST_KL_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
 """Nats per sequence between two copies of one policy: rounding alone."""
@@ -37,6 +38,9 @@ KEPT_KL_TOLERANCE = {"float32": 0.0, "bfloat16": 0.5, "int8": 5.0, "int4": 20.0}
 
 FIRST_MISMATCH_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 """Nats per token, on average, between the generator's log-probabilities and the learner's, of one policy."""
+
+LOOKED_THROUGH = 512
+"""Rows of a batch that are looked through for repetition, the costliest of the metrics: they tell it within 2 %."""
 
 
 def kl_controller(config: KL) -> KLController:
@@ -87,7 +91,7 @@ def train(config: PPOConfig, roles: Roles, run: Run) -> None:
             for idle in (roles.reward, roles.reference, *([] if config.max_staleness else [roles.generator])):
                 idle.sleep()
         with run.time("learn"):  # 4. learn
-            learned = roles.learner.update(select(experience, scored(judged.scores))).result()
+            learned = roles.learner.update(learnable(experience, judged.scores)).result()
         if config.memory.sleep:
             roles.learner.sleep()
         with run.time("publish"):  # 5. publish
@@ -150,6 +154,13 @@ def scored(scores: Tensor) -> Tensor:
     return finite if bool(finite.any()) else torch.ones_like(finite)
 
 
+def learnable(experience: Experience, scores: Tensor) -> Experience:
+    """The rows that are learned from, by the scores (B,) of all."""
+    rows = scored(scores)
+    learned: Experience = experience if bool(rows.all()) else select(experience, rows)
+    return learned
+
+
 def shape_scores(config: PPO, scores: Tensor, finished: Tensor) -> Tensor:
     """Scores (B,) after the penalty for responses (B,) that did not finish, and clipping."""
     if config.missing_eos_penalty is not None:
@@ -164,49 +175,61 @@ def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dic
 
     A row whose score is not finite counts for nothing in what comes from scores, and its own returns are not finite.
     """
-    rollout, evaluation = judged.rollout, judged.evaluation
-    mask, old_logprobs = rollout.response_mask, evaluation.old_logprobs
-    assert evaluation.values is not None, "PPO needs a critic"
+    width, responses = judged.rollout.tokens.shape[1], response_columns(judged.rollout.response_mask)
+    near = columns(judged, responses)  # what lies outside is prompts and padding
+    mask, old_logprobs, values = near.rollout.response_mask, near.evaluation.old_logprobs, near.evaluation.values
+    assert values is not None, "PPO needs a critic"
     rows = scored(judged.scores)
     counted = mask & rows[:, None]
-    scores = shape_scores(config, judged.scores, rollout.finished)
-    rewards, kl = kl_shaped_rewards(scores, old_logprobs, judged.ref_logprobs, mask, kl_coef)  # (B, T) each
+    scores = shape_scores(config, judged.scores, judged.rollout.finished)
+    rewards, kl = kl_shaped_rewards(scores, old_logprobs, near.ref_logprobs, mask, kl_coef)  # (B, T) each
     if config.whiten_rewards:
         rewards = whiten(rewards, counted, keep_mean=True)
-    advantages, returns = gae(rewards, evaluation.values, mask, config.gamma, config.gae_lambda)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+    whitened = whiten(advantages, counted) if config.whiten_advantages else advantages
+    outside = responses.start, width - responses.stop
     experience = Experience(
-        rollout=rollout,
-        old_logprobs=old_logprobs,
-        advantages=whiten(advantages, counted) if config.whiten_advantages else advantages,
-        values=evaluation.values,
-        returns=returns,
+        rollout=judged.rollout,
+        old_logprobs=judged.evaluation.old_logprobs,
+        advantages=pad(whitened, outside),
+        values=judged.evaluation.values,
+        returns=pad(returns, outside),
     )
-    mismatch = (rollout.rollout_logprobs - old_logprobs).abs()
-    k3_kl = sequence_kl(old_logprobs, judged.ref_logprobs, mask, k3)
-    lengths = rollout.response_lengths.float()
     metrics = {
-        "objective/scores": judged.scores[rows].mean(),
-        "objective/scores_std": judged.scores[rows].std(correction=0),
-        "objective/unscored": (~judged.scores.isfinite()).sum(),
         "objective/rlhf_reward": (scores - kl_coef * kl.sum(1))[rows].mean(),
         "objective/kl": kl.sum(1).mean(),
-        "objective/kl_k3": k3_kl.mean(),
+        "objective/kl_k3": k3(kl).sum(1).mean(),
         "objective/kl_coef": torch.tensor(kl_coef),
-        "objective/entropy": masked_mean(evaluation.entropy, mask),
-        "objective/eos_rate": rollout.finished.float().mean(),
-        "val/num_eos_tokens": rollout.finished.float().sum(),
-        "val/explained_variance": explained_variance(evaluation.values, returns, counted),
-        "val/value_mean": masked_mean(evaluation.values, mask),
+        "val/explained_variance": explained_variance(values, returns, counted),
+        "val/value_mean": masked_mean(values, mask),
         "val/return_mean": masked_mean(returns, counted),
         "val/advantage_std": masked_var(advantages, counted).sqrt(),
+        **describe(near),
+    }
+    return experience, {name: float(value) for name, value in metrics.items()}
+
+
+def describe(judged: Judged) -> dict[str, Tensor]:
+    """What a batch's responses are like, whatever they are given credit for."""
+    rollout, evaluation, mask = judged.rollout, judged.evaluation, judged.rollout.response_mask
+    finished, lengths = rollout.finished.float(), rollout.response_lengths.float()
+    mismatch = (rollout.rollout_logprobs - evaluation.old_logprobs).abs()
+    scores = judged.scores[scored(judged.scores)]
+    some = rollout.tokens[:LOOKED_THROUGH], mask[:LOOKED_THROUGH]
+    return {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(correction=0),
+        "objective/unscored": (~judged.scores.isfinite()).sum(),
+        "objective/entropy": masked_mean(evaluation.entropy, mask),
+        "objective/eos_rate": finished.mean(),
+        "val/num_eos_tokens": finished.sum(),
         "response_length/mean": lengths.mean(),
         "response_length/max": lengths.max(),
-        "response/repetition": repeated_ngrams(rollout.tokens, mask).mean(),
-        "response/distinct": torch.tensor(distinct_rows(rollout.tokens, mask)),
+        "response/repetition": repeated_ngrams(*some).mean(),
+        "response/distinct": torch.tensor(distinct_rows(*some)),
         "mismatch/mean": masked_mean(mismatch, mask),
         "mismatch/max": torch.where(mask, mismatch, 0.0).max(),
     }
-    return experience, {name: float(value) for name, value in metrics.items()}
 
 
 def correct(experience: Experience, cap: float) -> tuple[Experience, dict[str, float]]:

@@ -17,7 +17,7 @@ from rlhf_ray.models.gpt2 import GPT2
 from rlhf_ray.models.layout import Layout
 from rlhf_ray.ops.logprobs import before, token_logprobs
 from rlhf_ray.shortage import Portion
-from rlhf_ray.types import Rollout, concat, select, trim
+from rlhf_ray.types import Rollout, columns, concat, select
 
 
 def compute_type(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
@@ -48,7 +48,7 @@ def micro_batches(rollout: Rollout, size: int, tokens: int = 0) -> Iterator[Roll
     """Consecutive rows, cut by ``row_ranges``, each block without needless columns."""
     for rows in row_ranges(rollout.attention_mask.sum(1), size, tokens):
         micro: Rollout = select(rollout, rows)
-        yield trim(micro, micro.width)
+        yield columns(micro, slice(micro.width))
 
 
 def in_micro_batches(rollout: Rollout, portion: Portion, score: Callable[[Rollout], Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rlhf_ray.models.scoring import row_ranges
-from rlhf_ray.types import Experience, Rollout, select, trim
+from rlhf_ray.types import Experience, Rollout, columns, select
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """Names the interface that gloo listens on; by itself it takes the address of the host's name, which on many machines
@@ -94,10 +94,10 @@ class Ranks:
         shares = [self._cut(lengths, rank, size, tokens) for rank in range(self.size)]
         own = shares[self.rank]
         for rows in own:
-            yield rows, trim(select(batch, rows), int(lengths[rows].max()))
+            yield rows, columns(select(batch, rows), slice(int(lengths[rows].max())))
         shortest = int(lengths.argmin())
         for _ in range(max(map(len, shares)) - len(own)):
-            filler = trim(select(batch, slice(shortest, shortest + 1)), int(lengths[shortest]))
+            filler = columns(select(batch, slice(shortest, shortest + 1)), slice(int(lengths[shortest])))
             yield torch.empty(0, dtype=torch.int64), _without_response(filler)
 
     def _cut(self, lengths: Tensor, rank: int, size: int, tokens: int) -> list[Tensor]:

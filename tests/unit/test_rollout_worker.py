@@ -13,7 +13,7 @@ from worlds import Workers, make_world, policy_weights, ppo_config, stir
 
 from rlhf_ray.data.prompts import PromptStream
 from rlhf_ray.ops.advantages import last_token_index
-from rlhf_ray.types import PromptBatch, Rollout, concat, trim
+from rlhf_ray.types import PromptBatch, Rollout, columns, concat
 from rlhf_ray.workers.groups import GeneratorGroup, LocalCrew
 
 
@@ -31,7 +31,7 @@ def batch_of(workers: Workers, *, step: int = 0, size: int = 12, group_size: int
 def assert_same_rows(one: Rollout, other: Rollout) -> None:
     width = one.width
     assert other.width == width
-    one, other = trim(one, width), trim(other, width)
+    one, other = columns(one, slice(width)), columns(other, slice(width))
     for name in ("tokens", "attention_mask", "response_mask", "prompt_ids", "group_ids", "finished"):
         a, b = getattr(one, name), getattr(other, name)
         if name == "tokens":
