@@ -223,7 +223,8 @@ def publication_row(options: argparse.Namespace, size: str, dtype: str, receiver
     steps = {step: statistics.median(found[1:]) for step, found in publication.seconds.items() if found}
     whole = {f"{name}, whole": statistics.median(found) for name, found in times.items()}
     first, *others = times
-    return {**about, **steps, **whole, **{f"{first} is faster than {side} by": ratio(times[first], times[side]) for side in others}}
+    faster = {f"{first} is faster than {side} by": ratio(times[first], times[side]) for side in others}
+    return {**about, **steps, **whole, **faster}
 
 
 def measure_publication(report: Report) -> None:
