@@ -151,7 +151,10 @@ def memory(record: RunRecord) -> str:
     table = rows(lines, head=["", "planned", "measured"], kind="numbers")
     chosen = ", ".join(f"{name} = {value}" for name, value in record.memory["chosen"].items())
     note = f"{record.memory['predicted'] / 1e9:.2f} of {record.memory['budget'] / 1e9:.1f} GB planned in all"
-    note += f"; chosen to fit: {escape(chosen)}." if chosen else "; nothing had to be changed to fit."
+    reduced = record.memory.get("reduced", {}).items()  # which older runs lack
+    halved = ", ".join(f"{role}: {name} = {size}" for role, sizes in reduced for name, size in sizes.items())
+    note += f"; chosen to fit: {escape(chosen)}" if chosen else "; nothing had to be changed to fit"
+    note += f"; halved as memory did not suffice: {escape(halved)}." if halved else "."
     return f"<h2>Memory, planned and measured</h2>{table}<p class=note>{note}</p>"
 
 

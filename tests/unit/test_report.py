@@ -116,6 +116,7 @@ def make_run(folder: Path, *, steps: int = 60, gain: float = 1.0, seed: int = 0)
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     roles = {"learner": {"predicted": 550_000_000, "measured": 480_000_000}}
     memory = {"budget": 24e9, "predicted": 610_000_000, "chosen": {"ppo.micro_batch_size": 8}, "roles": roles}
+    memory["reduced"] = {"learner": {"ppo.micro_batch_size": 4}}
     (folder / "memory.json").write_text(json.dumps(memory), encoding="utf-8")
     write_machine(folder)
     return folder
@@ -155,7 +156,8 @@ def test_it_says_first_whether_the_run_learned(page: str) -> None:
     assert text.index("The reward rose") < text.index("How it went") < text.index("before and after")
     for fact in ("60 steps", "2 min 0 s", "21 November 2026", "3.25 3.11 to 3.36", "+1.25 +1.13 to +1.37"):
         assert fact in text
-    assert "learner0.55 GB0.48 GB" in text and "ppo.micro_batch_size = 8" in text
+    assert "learner0.55 GB0.48 GB" in text and "ppo.micro_batch_size = 8; halved" in text
+    assert "as memory did not suffice: learner: ppo.micro_batch_size = 4." in text
 
 
 def test_curves_take_their_colours_from_the_page_and_say_what_they_show(page: str) -> None:
