@@ -26,7 +26,7 @@ from typing import Any
 from rlhf_ray.rundir.trace import Span
 from rlhf_ray.workers.groups import Given
 
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 1.0
 """Between two looks at what takes too long."""
 MOST_LOSSES = 10
 """Times that a call may be tried again because a value was lost, which no worker's death counts."""
