@@ -38,13 +38,15 @@ class Series:
         return min(10, max(1, len(self) // 10))
 
     def smooth(self) -> Series:
-        """Means of a window of a tenth around each value, of what there is of it at the ends."""
-        half = len(self) // 20
-        sums = np.concatenate([[0.0], self.values.cumsum()])
+        """Means of a window of a tenth around each value.
+
+        It begins with the first value, as what happens first may be steep, and ends with the mean of the last ones, as
+        the last of a noisy series says little.
+        """
         places = np.arange(len(self))
-        low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(self))
-        reach = np.minimum(places - low, high - 1 - places)  # as far back as ahead, so that ends do not lag
-        low, high = places - reach, places + reach + 1
+        half = np.minimum(len(self) // 20, places)
+        low, high = places - half, np.minimum(places + half + 1, len(self))
+        sums = np.concatenate([[0.0], self.values.cumsum()])
         return Series(steps=self.steps, values=(sums[high] - sums[low]) / (high - low))
 
     def small(self) -> Series:
