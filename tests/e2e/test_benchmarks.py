@@ -92,7 +92,8 @@ def test_publishing_weights_by_every_way(tmp_path: Path) -> None:
     assert float32["MB"] == 2 * bfloat16["MB"] and float32["workers"] == 2
     for row in (float32, bfloat16):
         assert 0 < row["export"] + row["take over"] < row["store, whole"]
-    assert_ratios([row[f"store is faster than {side} by"] for row in (float32, bfloat16) for side in ("direct", "tensors")])
+    columns = [f"store is faster than {side} by" for side in ("direct", "tensors")]
+    assert_ratios([row[column] for row in (float32, bfloat16) for column in columns])
 
 
 def test_a_controller_of_sleeping_workers(tmp_path: Path) -> None:
