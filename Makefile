@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 	$(BIN)/python launch/pipeline.py --config configs/pipeline/demo.yaml
 
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=15 tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests
 
 unit: $(VENV)/installed-dev
 	$(BIN)/python -m pytest tests/unit

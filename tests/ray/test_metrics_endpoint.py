@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from threading import Thread
@@ -45,7 +44,7 @@ def scrape(run: str) -> Seen:
     for target in group["targets"]:
         try:
             text = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
-        except urllib.error.URLError:  # Ray lists its own ones before they listen
+        except OSError:  # Ray lists its own ones before they listen, and resets connections while it starts
             continue
         seen |= {(n, role, worker): float(v) for n, role, of, worker, v in SAMPLE.findall(text) if of == run}
     return seen
