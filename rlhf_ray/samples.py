@@ -74,7 +74,7 @@ def sample_rows(judged: Judged, experience: Experience, tokenizer: Tokenizer, co
 def histograms(judged: Judged, experience: Experience) -> dict[str, Tensor]:
     """What TensorBoard shows the spread of: one value a response, or a token for advantages and importance weights.
 
-    That of so many rows is that of all.
+    Of a step's first `HISTOGRAM_ROWS` rows, which are a random choice.
     """
     judged, experience = select(judged, slice(HISTOGRAM_ROWS)), select(experience, slice(HISTOGRAM_ROWS))
     rollout, mask = judged.rollout, judged.rollout.response_mask

@@ -46,7 +46,7 @@ class Pending:
 
     @staticmethod
     def results(handles: Sequence[Pending]) -> list[Any]:
-        """Wait for several values, and take them all from Ray at once, at a third of what one by one costs."""
+        """Wait for several values, and take them all from Ray at once, which costs less than one by one."""
         refs = [handle.job.ended.result() for handle in handles]
         try:
             values: list[Any] = ray.get(refs, timeout=handles[0].crew.timeout)

@@ -146,7 +146,7 @@ def test_a_job_takes_along_the_code_alone_and_keeps_its_results_elsewhere(tmp_pa
     packaging.create_package(str(REPOSITORY), package, include_gitignore=True, excludes=[])
     tar = ["tar", "-czf", str(small), "--exclude=__pycache__", "configs", "launch", "rlhf_ray"]
     subprocess.run(tar, cwd=REPOSITORY, check=True)
-    assert small.stat().st_size < 1_000_000
+    assert small.stat().st_size < 400_000 and package.stat().st_size < 1_200_000
     packaging.untar_package(str(small), str(copy), remove_top_level_directory=False, unlink_tar=True)
     names = {str(file.relative_to(copy)) for file in copy.rglob("*") if file.is_file()}
     with zipfile.ZipFile(package) as archive:
