@@ -82,7 +82,6 @@ def run_ours(options: argparse.Namespace) -> Callable[[Step], object]:
 
     def step(documents: Step) -> None:
         rows = to_rows(documents, max_length=options.longest if packing else options.length, packing=packing)
-        accumulate(objective, model, step_input(objective, rows, world, micro_batch(options.micro)), world)
         loss = accumulate(objective, model, step_input(objective, rows, world, micro_batch(options.micro)), world)
         apply_gradients(optimiser, loss, lr=LR, max_grad_norm=MAX_NORM)
 
