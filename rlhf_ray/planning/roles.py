@@ -67,8 +67,7 @@ class Work:
     @property
     def direct(self) -> bool:
         """Whether weights go out past the store."""
-        way = self.config.weight_sync
-        return self.config.num_rollout_workers > 0 and (way == "direct" or (way == "auto" and self.device == "cuda"))
+        return self.config.num_rollout_workers > 0 and self.config.weight_sync == "direct"
 
     @property
     def micro(self) -> Batch:
