@@ -112,11 +112,7 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
     built = crews(config, inputs, startup, deaths, limits(plan))
     actors = [crew for crew in built.values() if isinstance(crew, RayCrew)]
     run.install_signal_handlers()
-    if in_a_job() and stop_seconds() < SHORT_STOP:
-        run.say(
-            f"ray job stop will leave this run {stop_seconds():g} s to finish its step and save; set "
-            "RAY_JOB_STOP_WAIT_TIME_S in the job's runtime_env to give it more (docs/CLUSTER.md)"
-        )
+    _say_how_it_stops(run)
     learner = LearnerGroup(built[LearnerWorker], publish=publication(built, run.say))
     roles = Roles(
         generator=GeneratorGroup(built[RolloutWorker], shard_size=config.generation.shard_size),
@@ -124,11 +120,7 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
         reference=BaseReferenceGroup(learner.crew) if config.lora.rank else ReferenceGroup(built[ReferenceWorker]),
         learner=learner,
     )
-    shown: StepMetrics | None = None
-    if config.num_rollout_workers:
-        run.say(f"Ray dashboard: {dashboard_address()} (for the token that it asks for: ray get-auth-token)")
-        place_dashboard()
-        shown = StepMetrics(config.run, [crew.queue for crew in actors])
+    shown = _shown(config, run, actors)
     course = partial(
         RLRun,
         run,
@@ -161,6 +153,23 @@ def _train(config: PPOConfig, inputs: Inputs, run: Run, startup: StartUp, mirror
         if shown:
             shown.close()
         stop(actors)
+
+
+def _say_how_it_stops(run: Run) -> None:
+    if in_a_job() and stop_seconds() < SHORT_STOP:
+        run.say(
+            f"ray job stop will leave this run {stop_seconds():g} s to finish its step and save; set "
+            "RAY_JOB_STOP_WAIT_TIME_S in the job's runtime_env to give it more (docs/CLUSTER.md)"
+        )
+
+
+def _shown(config: PPOConfig, run: Run, actors: Sequence[RayCrew]) -> StepMetrics | None:
+    """What Prometheus is told of each step, if the run is on Ray; says where Ray's dashboard is."""
+    if not actors:
+        return None
+    run.say(f"Ray dashboard: {dashboard_address()} (for the token that it asks for: ray get-auth-token)")
+    place_dashboard()
+    return StepMetrics(config.run, [crew.queue for crew in actors])
 
 
 def _trace(config: PPOConfig, run: Run, actors: Sequence[RayCrew]) -> StepTrace:

@@ -254,10 +254,8 @@ def crews(
     away = {seat.node.id: seat.node for role in seats.values() for seat in role if not seat.node.here}
     check_shared([inputs.policy, repository_path(config.checkpoints)], away.values())
     startup.done("ray")
-    own: dict[type[Any], Own] = {
-        RolloutWorker: partial(_own, config, seats["rollout"], inputs.device),
-        LearnerWorker: Rendezvous(config.num_learners, timeout=config.timeout),
-    }
+    own: dict[type[Any], Own] = {RolloutWorker: partial(_own, config, seats["rollout"], inputs.device)}
+    own[LearnerWorker] = Rendezvous(config.num_learners, timeout=config.timeout)
     lent = inputs.base if inputs.base and inputs.base.shared and inputs.device == "cuda" else None
     built: dict[type[Any], RayCrew] = {}
     for worker in arguments:

@@ -43,7 +43,6 @@ TRENDS = {
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 TREND_STEPS = 24
-SAMPLE_LINES = 3
 BAR_WIDTH = 24
 
 

@@ -79,8 +79,8 @@ class RLRun:
 
         ``startup`` is what came before the first step, of which the run then tells; ``deaths`` are its workers'.  So
         many ``probes`` follow the prompts in the workers' prompt set.  ``watch`` is given every step's metrics,
-        ``judges`` some of its rows, whose mean scores (B,) are logged.
-        The run has gone back ``rollbacks`` times because it had diverged; ``trace`` may be of a step to come.
+        ``judges`` some of its rows, to give their scores (B,), of which the means are logged.  The run has gone back
+        ``rollbacks`` times because it had diverged; ``trace`` may be of a step to come.
         """
         self.startup, self.deaths, self.watch, self.judges = startup, deaths, watch, judges or {}
         self.trace = trace or Trace()
@@ -101,18 +101,20 @@ class RLRun:
         self._ahead: deque[Shards[Rollout]] = deque()
         self._tracked: dict[str, Stateful] = {}
         self._saved: dict[str, Any] = {}
-        checkpoint = self.store.newest_complete()
-        if checkpoint:
-            _check_vocabulary(checkpoint, tokenizer)
-            state = load_tree(checkpoint / "run")
-            self.first_step, self._saved = state["step"], state["tracked"]
-            self._ahead = _fresh(load_tree(checkpoint / "ahead"), self.first_step, config.max_staleness)
-            learner.load(checkpoint)
-            run.say(f"going on from {checkpoint}")
+        if checkpoint := self.store.newest_complete():
+            self._take_up(checkpoint)
         self._done = self._last_saved = self.first_step
         run.resume_at(self.first_step)
         self.health = self.track("health", Health(run, config, rollbacks))
         self.health.resume_at(self.first_step)
+
+    def _take_up(self, checkpoint: Path) -> None:
+        _check_vocabulary(checkpoint, self.tokenizer)
+        state = load_tree(checkpoint / "run")
+        self.first_step, self._saved = state["step"], state["tracked"]
+        self._ahead = _fresh(load_tree(checkpoint / "ahead"), self.first_step, self.config.max_staleness)
+        self.learner.load(checkpoint)
+        self.run.say(f"going on from {checkpoint}")
 
     @property
     def rollbacks(self) -> int:

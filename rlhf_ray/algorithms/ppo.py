@@ -207,17 +207,17 @@ def credit(config: PPO, judged: Judged, kl_coef: float) -> tuple[Experience, dic
         "val/value_mean": masked_mean(values, mask),
         "val/return_mean": masked_mean(returns, counted),
         "val/advantage_std": masked_var(advantages, counted).sqrt(),
-        **describe(near),
+        **describe(near, rows),
     }
     return experience, {name: float(value) for name, value in metrics.items()}
 
 
-def describe(judged: Judged) -> dict[str, Tensor]:
-    """What a batch's responses are like, whatever they are given credit for."""
+def describe(judged: Judged, rows: Tensor) -> dict[str, Tensor]:
+    """What a batch's responses are like, whatever they are given credit for; scores are those of some ``rows`` (B,)."""
     rollout, evaluation, mask = judged.rollout, judged.evaluation, judged.rollout.response_mask
     finished, lengths = rollout.finished.float(), rollout.response_lengths.float()
     mismatch = (rollout.rollout_logprobs - evaluation.old_logprobs).abs()
-    scores = judged.scores[scored(judged.scores)]
+    scores = judged.scores[rows]
     some = rollout.tokens[:LOOKED_THROUGH], mask[:LOOKED_THROUGH]
     return {
         "objective/scores": scores.mean(),

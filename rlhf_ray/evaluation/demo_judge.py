@@ -27,7 +27,6 @@ from rlhf_ray.types import Message
 MAX_BRIEF_WORDS = 18
 MIN_KNOWN_WORDING = 0.6
 CORRECT, POLITE, BRIEF = 2.0, 1.0, 1.0
-MAX_SCORE = CORRECT + POLITE + BRIEF
 
 COURTEOUS_WORDS = frozenset(("please", "thank", "thanks", "welcome", "glad", "pleasure", "kindly", "delighted"))
 RUDE_WORDS = frozenset(("fool", "silly", "stupid", "idiot", "dumb", "blind", "shut"))

@@ -106,17 +106,9 @@ class NativeEngine(Engine):
                 stopped |= np.array(completed) & ~young
             ended = stopped | (drawn[busy] == budget)
             for row, finished in zip(busy[ended].tolist(), stopped[ended].tolist(), strict=True):
-                end = drawn[row]
                 free.append(int(slot[row]))
-                yield (
-                    row,
-                    Completion(
-                        tokens=said[row, :end].tolist(),
-                        logprobs=logprobs[row, :end].tolist(),
-                        log_kept=log_kept[row, :end].tolist(),
-                        finished=finished,
-                    ),
-                )
+                answer, chances, shares = (x[row, : drawn[row]].tolist() for x in (said, logprobs, log_kept))
+                yield row, Completion(tokens=answer, logprobs=chances, log_kept=shares, finished=finished)
             busy = busy[~ended]
 
     def _prefill(
