@@ -73,22 +73,6 @@ def response_columns(mask: Tensor) -> slice:
     return slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0, 1)
 
 
-def response_mask_from_tokens(
-    tokens: Tensor, prompt_lengths: Tensor, lengths: Tensor, eos_id: int
-) -> tuple[Tensor, Tensor]:
-    """Find each row's response: from the end of its prompt up to and including its first EOS.
-
-    ``tokens`` is (B, T) right-padded, ``prompt_lengths`` and ``lengths`` (prompt and response together) are
-    (B,) tokens. Returns response_mask (B, T) bool and finished (B,) bool, True where an EOS was met.  An EOS
-    inside the prompt or the padding counts for nothing.
-    """
-    position = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
-    generated = (position >= prompt_lengths[:, None]) & (position < lengths[:, None])  # (B, T)
-    is_eos = generated & (tokens == eos_id)  # (B, T)
-    eos_before = is_eos.long().cumsum(1) - is_eos.long()  # (B, T)
-    return generated & (eos_before == 0), is_eos.any(1)
-
-
 def _row_means(x: Tensor, mask: Tensor) -> Tensor:
     """Sum over rows of each row's mean over its mask: a scalar tensor."""
     return (mask_out(x, mask).sum(1) / mask.sum(1).clamp(min=1)).sum()

@@ -19,7 +19,6 @@ from rlhf_ray.ops.advantages import (
     replace_unfinished,
     subtract_unfinished,
 )
-from rlhf_ray.ops.masked import response_mask_from_tokens
 
 
 def test_last_token_index() -> None:
@@ -28,9 +27,8 @@ def test_last_token_index() -> None:
 
 
 def test_missing_eos_at_every_place_of_the_eos() -> None:
-    eos = 9
-    tokens = torch.tensor([[1, 9, 5, 6], [1, 5, 9, 6], [1, 5, 6, 9], [1, 5, 6, 7], [1, 5, 9, 9]])
-    mask, finished = response_mask_from_tokens(tokens, torch.full((5,), 1), torch.full((5,), 4), eos)
+    mask = torch.tensor([[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 0]]).bool()
+    finished = torch.tensor([True, True, True, False, True])
     scores = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5])
     assert last_token_index(mask).tolist() == [1, 2, 3, 3, 2]
     assert replace_unfinished(scores, finished, -1.0).tolist() == [0.5, 1.0, 1.5, -1.0, 2.5]

@@ -1,4 +1,4 @@
-"""Masked statistics, response masks, and aggregation whose gradient no split of the mini-batch changes."""
+"""Masked statistics, and aggregation whose gradient no split of the mini-batch changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from rlhf_ray.ops.masked import (
     masked_mean,
     masked_sum,
     masked_var,
-    response_mask_from_tokens,
     sequence_mean,
     token_mean,
     whiten,
@@ -80,34 +79,6 @@ def test_rows_without_a_response_change_no_aggregate() -> None:
     for aggregation in AGGREGATIONS.values():
         assert aggregation.count(more_mask, 3) == aggregation.count(mask, 3)
         assert aggregation.total(more, more_mask) == aggregation.total(RAGGED, mask)
-
-
-EOS = 9
-
-
-@pytest.mark.parametrize(
-    ("response", "mask", "finished"),
-    [
-        ([9, 5, 6, 7], [1, 0, 0, 0], True),  # at 0
-        ([5, 9, 6, 7], [1, 1, 0, 0], True),  # in the middle
-        ([5, 6, 7, 9], [1, 1, 1, 1], True),  # last
-        ([5, 6, 7, 8], [1, 1, 1, 1], False),  # absent
-        ([5, 9, 6, 9], [1, 1, 0, 0], True),  # twice
-    ],
-)
-def test_response_ends_at_first_eos(response: list[int], mask: list[int], finished: bool) -> None:
-    prompt, padding = [EOS, 3], [EOS, EOS]  # an EOS in the prompt or the padding ends nothing
-    tokens = torch.tensor([prompt + response + padding])
-    got, done = response_mask_from_tokens(tokens, torch.tensor([2]), torch.tensor([6]), EOS)
-    assert got.int().tolist() == [[0, 0, *mask, 0, 0]]
-    assert done.tolist() == [finished]
-
-
-def test_response_mask_of_ragged_rows() -> None:
-    tokens = torch.tensor([[1, 2, 3, EOS, 0], [1, 2, 3, 4, 5], [EOS, 4, 0, 0, 0]])
-    mask, finished = response_mask_from_tokens(tokens, torch.tensor([2, 1, 1]), torch.tensor([4, 5, 2]), EOS)
-    assert mask.int().tolist() == [[0, 0, 1, 1, 0], [0, 1, 1, 1, 1], [0, 1, 0, 0, 0]]
-    assert finished.tolist() == [True, False, False]
 
 
 # A mini-batch split over micro-batches and ranks
