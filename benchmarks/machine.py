@@ -8,6 +8,7 @@ Left out on purpose: data sheets' figures, which no program reaches.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -51,6 +52,13 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def free_bytes() -> float:
+    """Memory that programs can have now; without limit where the system does not say."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return min((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), default=math.inf)
 
 
 def busy_cores(seconds: float = 1.0) -> float:

@@ -20,12 +20,11 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from side_by_side import Report, Row, interleave, numbers, parser, ratio, shrink, words  # isort: skip
 import torch
-from machine import DTYPES
+from machine import DTYPES, free_bytes
 from ray.cluster_utils import Cluster
 from torch import Tensor
 
@@ -200,13 +199,6 @@ def needed_bytes(parameters: int, dtype: torch.dtype, receivers: int, options: a
     copies = 1 + sum(side in options.sides for side in ("direct", "tensors"))
     stores = 2 * options.machines if "store" in options.sides else 0
     return 4 * parameters + (2 + stores + receivers * copies) * one + (receivers + 2) * ACTOR_BYTES
-
-
-def free_bytes() -> float:
-    """Memory that programs can have now; without limit where the system does not say."""
-    file = Path("/proc/meminfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    return min((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), default=math.inf)
 
 
 def publication_row(options: argparse.Namespace, size: str, dtype: str, receivers: int) -> Row:

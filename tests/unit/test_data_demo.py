@@ -77,13 +77,13 @@ JUDGED = [
 
 
 @pytest.mark.parametrize(("question", "answer", "expected"), JUDGED)
-def test_judge(question: str, answer: str, expected: str):
+def test_judge(question: str, answer: str, expected: str) -> None:
     verdict = judge(ask(question), answer)
     assert " ".join(axis for axis in ("correct", "polite", "brief") if getattr(verdict, axis)) == expected
     assert verdict.score == 2 * ("correct" in expected) + ("polite" in expected) + ("brief" in expected)
 
 
-def test_judge_follows_a_conversation():
+def test_judge_follows_a_conversation() -> None:
     first = ("When does the bakery open?", "The bakery opens at 6.")
     assert judge(ask(*first, "And when does it close?"), "It closes at 2.").correct
     assert not judge(ask(*first, "And when does it close?"), "It closes at 6.").correct
@@ -104,12 +104,12 @@ def test_judge_follows_a_conversation():
         [],
     ],
 )
-def test_judge_refuses_what_the_world_does_not_know(prompt: list[Message]):
+def test_judge_refuses_what_the_world_does_not_know(prompt: list[Message]) -> None:
     with pytest.raises(ValueError, match=r"the demo's world has no question|the prompt has no user turn"):
         judge(prompt, "6")
 
 
-def test_every_form_is_recognised_and_every_answer_judged():
+def test_every_form_is_recognised_and_every_answer_judged() -> None:
     questions: dict[str, tuple[str, str]] = {}
     for topic in world.TOPICS.values():
         for subject, value in topic.values.items():
@@ -140,7 +140,7 @@ def generator(repository: Path) -> ModuleType:
 
 def test_committed_files_are_what_the_generator_writes(
     generator: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+) -> None:
     assert generator.main(["--check"]) == 0
     assert generator.main(["--output", str(tmp_path)]) == 0
     assert generator.main(["--check", "--output", str(tmp_path)]) == 0
@@ -151,7 +151,7 @@ def test_committed_files_are_what_the_generator_writes(
     assert "raw/prompts.txt" in capsys.readouterr().out
 
 
-def test_another_seed_gives_other_files(generator: ModuleType):
+def test_another_seed_gives_other_files(generator: ModuleType) -> None:
     assert generator.generate(1)["raw/prompts.txt"] != generator.generate(0)["raw/prompts.txt"]
 
 
@@ -179,7 +179,7 @@ FILES = (
 )  # fmt: skip
 
 
-def test_sizes(data: Path, pairs: list[PairRow], held_out: list[PromptRow]):
+def test_sizes(data: Path, pairs: list[PairRow], held_out: list[PromptRow]) -> None:
     documents = read_text(data / "raw" / "pretrain_corpus.txt")
     prompts = read_prompts(data / "raw" / "prompts.txt")
     assert sum(document.text.count("\n") + 1 for document in documents) >= 20_000
@@ -190,7 +190,7 @@ def test_sizes(data: Path, pairs: list[PairRow], held_out: list[PromptRow]):
     assert sum((data / name).stat().st_size for name in FILES) <= 6_000_000
 
 
-def test_prompts_hold_system_prompts_and_several_turns(data: Path, held_out: list[PromptRow]):
+def test_prompts_hold_system_prompts_and_several_turns(data: Path, held_out: list[PromptRow]) -> None:
     for rows in (read_prompts(data / "raw" / "prompts.txt"), held_out):
         roles = Counter(tuple(message.role for message in row.prompt) for row in rows)
         assert roles["user",] > len(rows) / 3
@@ -199,7 +199,7 @@ def test_prompts_hold_system_prompts_and_several_turns(data: Path, held_out: lis
         assert roles["system", "user", "assistant", "user"] > 0
 
 
-def test_held_out_prompts_are_in_no_training_file(data: Path, held_out: list[PromptRow], pairs: list[PairRow]):
+def test_held_out_prompts_are_in_no_training_file(data: Path, held_out: list[PromptRow], pairs: list[PairRow]) -> None:
     training = "".join((data / name).read_text() for name in FILES if "heldout" not in name)
     single = [row.prompt[-1].content for row in held_out if len(row.prompt) < 3]
     whole = [text for text in single if "you" not in text.replace("Can you", "")]
@@ -214,14 +214,14 @@ def test_held_out_prompts_are_in_no_training_file(data: Path, held_out: list[Pro
         assert any((question.topic.name, question.subject) == fact[:2] for fact in asked)
 
 
-def test_pairs_follow_the_rule_with_a_tenth_turned_round(pairs: list[PairRow]):
+def test_pairs_follow_the_rule_with_a_tenth_turned_round(pairs: list[PairRow]) -> None:
     margins = [judge(row.prompt, row.chosen).score - judge(row.prompt, row.rejected).score for row in pairs]
     assert 0 not in margins
     flipped = sum(margin < 0 for margin in margins) / len(margins)
     assert flipped == pytest.approx(0.10, abs=0.005)
 
 
-def test_demonstrations_are_a_mixture(data: Path):
+def test_demonstrations_are_a_mixture(data: Path) -> None:
     verdicts = [
         judge(row.messages[:-1], row.messages[-1].content) for row in read_chats(data / "sft" / "sft_dataset.jsonl")
     ]
@@ -232,7 +232,7 @@ def test_demonstrations_are_a_mixture(data: Path):
     assert share == pytest.approx({"correct": 0.7, "polite": 0.5, "brief": 0.5}, abs=0.03)
 
 
-def test_the_corpus_tells_the_truth(data: Path):
+def test_the_corpus_tells_the_truth(data: Path) -> None:
     spoken = 0
     for document in read_text(data / "raw" / "pretrain_corpus.txt"):
         lines = document.text.split("\n")

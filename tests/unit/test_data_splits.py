@@ -20,7 +20,7 @@ def pairs(count: int) -> list[PairRow]:
     return [PairRow(prompt=(user(f"q{i % 500}"),), chosen=f"a{i}", rejected="b") for i in range(count)]
 
 
-def test_equal_prompts_never_part():
+def test_equal_prompts_never_part() -> None:
     rows = pairs(2000)
     train, held_out = split_by_prompt(rows, 0.2, seed=1)
     assert len(train) + len(held_out) == 2000
@@ -29,12 +29,12 @@ def test_equal_prompts_never_part():
     assert train == [row for row in rows if row in train]
 
 
-def test_a_row_keeps_its_side_when_rows_are_added():
+def test_a_row_keeps_its_side_when_rows_are_added() -> None:
     few, more = pairs(100), pairs(450)
     assert split_by_prompt(few, 0.3, seed=0)[1] == [r for r in split_by_prompt(more, 0.3, seed=0)[1] if r in few]
 
 
-def test_seed_and_bounds():
+def test_seed_and_bounds() -> None:
     rows = pairs(500)
     assert split_by_prompt(rows, 0.5, seed=0)[1] != split_by_prompt(rows, 0.5, seed=1)[1]
     assert split_by_prompt(rows, 0.0, seed=0) == (rows, [])
@@ -43,7 +43,7 @@ def test_seed_and_bounds():
             split_by_prompt(rows, fraction, seed=0)
 
 
-def test_the_prompt_of_each_kind_of_row():
+def test_the_prompt_of_each_kind_of_row() -> None:
     asked = (user("a"), assistant("b"), user("c"))
     text = prompt_text(PromptRow(prompt=asked))
     assert text == prompt_text(PairRow(prompt=asked, chosen="x", rejected="y"))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.ops.losses import (
+    PolicyTerms,
     dpo_log_ratio,
     dpo_loss_terms,
     explained_variance,
@@ -31,7 +32,7 @@ def all_true(x: Tensor) -> Tensor:
     return torch.ones_like(x, dtype=torch.bool)
 
 
-def policy_terms(advantages: Tensor, ratios: Tensor, **options: float):
+def policy_terms(advantages: Tensor, ratios: Tensor, **options: float) -> PolicyTerms:
     return policy_loss_terms(ratios.log(), torch.zeros_like(ratios), advantages, all_true(ratios), **options)
 
 

@@ -58,7 +58,7 @@ CHAT_ROWS = [
 
 
 @pytest.mark.parametrize(("record", "expected"), CHAT_ROWS)
-def test_chat_formats(record: dict[str, Any], expected: tuple[Message, ...]):
+def test_chat_formats(record: dict[str, Any], expected: tuple[Message, ...]) -> None:
     assert parse(record, CHATS) == ChatRow(messages=expected)
 
 
@@ -76,11 +76,11 @@ PAIR_ROWS = [
 
 
 @pytest.mark.parametrize("record", PAIR_ROWS)
-def test_pair_formats(record: dict[str, Any]):
+def test_pair_formats(record: dict[str, Any]) -> None:
     assert parse(record, PAIRS) == PAIR
 
 
-def test_pair_extras():
+def test_pair_extras() -> None:
     row = parse({**PAIR_ROWS[0], "margin": 2, "system": "s", "source": "x"}, PAIRS)
     assert row == PairRow(
         prompt=turns((S, "s"), (U, "hi")), chosen="good", rejected="bad", margin=2.0, fields={"source": "x"}
@@ -97,7 +97,7 @@ def test_pair_extras():
     assert row.prompt == turns(*with_system)
 
 
-def test_hh_transcript_of_several_turns():
+def test_hh_transcript_of_several_turns() -> None:
     before = "\n\nHuman: one\n\nwith a paragraph\n\nAssistant: two\n\nHuman: three"
     row = parse({"chosen": f"{before}\n\nAssistant: good", "rejected": f"{before}\n\nAssistant: bad"}, PAIRS)
     assert row.prompt == turns((U, "one\n\nwith a paragraph"), (A, "two"), (U, "three"))
@@ -117,7 +117,7 @@ PROMPT_ROWS = [
 
 
 @pytest.mark.parametrize(("record", "expected"), PROMPT_ROWS)
-def test_prompt_formats(record: dict[str, Any], expected: PromptRow):
+def test_prompt_formats(record: dict[str, Any], expected: PromptRow) -> None:
     assert parse(record, PROMPTS) == expected
 
 
@@ -159,20 +159,20 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("table", "record", "reason"), BAD_ROWS)
-def test_bad_rows_say_why(table: Any, record: Any, reason: str):
+def test_bad_rows_say_why(table: Any, record: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse(record, table)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.parquet", "A.JSONL", "a.ndjson"])
-def test_file_formats_agree(tmp_path: Path, name: str):
+def test_file_formats_agree(tmp_path: Path, name: str) -> None:
     rows = [{"prompt": f"question {i}\u2028é", "response": f"answer {i}"} for i in range(5)]
     chats = read_chats(write(tmp_path, name, rows))
     assert [chat.messages[0].content for chat in chats] == [row["prompt"] for row in rows]
     assert chats[4].messages == turns((U, "question 4\u2028é"), (A, "answer 4"))
 
 
-def test_parquet_of_mixed_rows_and_messages(tmp_path: Path):
+def test_parquet_of_mixed_rows_and_messages(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "response": "b"}, {"messages": listed((U, "c"), (A, "d"))}]
     path = tmp_path / "mixed.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, pyarrow.schema(
@@ -182,7 +182,7 @@ def test_parquet_of_mixed_rows_and_messages(tmp_path: Path):
     assert [row.messages for row in read_chats(path)] == [turns((U, "a"), (A, "b")), turns((U, "c"), (A, "d"))]
 
 
-def test_bad_rows_are_counted_up_to_a_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_bad_rows_are_counted_up_to_a_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n{"text": 2}\n{oops\n{"text": "caf\xe9"}\n{"text": "two", "weight": 3}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl:3: text is int, expected text \(1 bad rows, max_bad_rows is 0"):
@@ -199,13 +199,13 @@ def test_bad_rows_are_counted_up_to_a_limit(tmp_path: Path, caplog: pytest.LogCa
     ]
 
 
-def test_row_number_of_a_json_list(tmp_path: Path):
+def test_row_number_of_a_json_list(tmp_path: Path) -> None:
     path = write(tmp_path, "rows.json", [{"text": "one"}, {"text": ""}])
     with pytest.raises(ValueError, match=r"rows\.json:2: text is empty"):
         read_text(path)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path):
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for name, content, reason in [
         ("empty.jsonl", b"", "no rows: the file is empty"),
         ("blank.txt", b"\n \n", "no rows"),
@@ -230,7 +230,7 @@ def test_files_that_cannot_be_read(tmp_path: Path):
         read_text(tmp_path)
 
 
-def test_a_blank_line_ends_a_document(tmp_path: Path):
+def test_a_blank_line_ends_a_document(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n  \nthree\n\n\xff\nfour")
     with pytest.raises(ValueError, match=r"book\.txt:7: not UTF-8"):
@@ -238,7 +238,7 @@ def test_a_blank_line_ends_a_document(tmp_path: Path):
     assert [row.text for row in read_text(path, max_bad_rows=1)] == ["one\ntwo", "three", "four"]
 
 
-def test_prompt_lines(tmp_path: Path):
+def test_prompt_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     messages = {"messages": listed((S, "s"), (U, "b")), "id": 5}
     path.write_text(f"a question\n\n{json.dumps(messages)}\nanother\n")
@@ -252,7 +252,7 @@ def test_prompt_lines(tmp_path: Path):
         read_prompts(path)
 
 
-def test_max_bad_rows_is_checked(tmp_path: Path):
+def test_max_bad_rows_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_bad_rows is -1"):
         read_text(write(tmp_path, "a.jsonl", [{"text": "a"}]), max_bad_rows=-1)
 
@@ -265,7 +265,7 @@ conversation = st.lists(st.tuples(said, said), min_size=1, max_size=4).map(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(conversation, min_size=1, max_size=5), st.sampled_from(["a.jsonl", "a.json.gz", "a.parquet"]))
-def test_conversations_round_trip(tmp_path_factory: pytest.TempPathFactory, chats: list[Any], name: str):
+def test_conversations_round_trip(tmp_path_factory: pytest.TempPathFactory, chats: list[Any], name: str) -> None:
     path = write(tmp_path_factory.mktemp("rows"), name, [{"messages": listed(*chat)} for chat in chats])
     assert read_chats(path) == [ChatRow(messages=turns(*chat)) for chat in chats]
 
@@ -275,7 +275,7 @@ hh_said = said.map(lambda text: text.replace("\n", " ").strip())
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(hh_said, hh_said), max_size=3), hh_said, hh_said, hh_said)
-def test_transcripts_round_trip(rounds: list[tuple[str, str]], last: str, chosen: str, rejected: str):
+def test_transcripts_round_trip(rounds: list[tuple[str, str]], last: str, chosen: str, rejected: str) -> None:
     flat = [(role, text) for pair in rounds for role, text in zip((U, A), pair, strict=True)] + [(U, last)]
     names = {U: "Human", A: "Assistant"}
     before = "".join(f"\n\n{names[role]}: {text}" for role, text in flat)
@@ -287,7 +287,7 @@ def test_transcripts_round_trip(rounds: list[tuple[str, str]], last: str, chosen
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(
     st.sampled_from(["prompt", "response", "messages", "conversations", "chosen", "rejected", "role", "content"])
     | st.text(), x)), st.sampled_from([CHATS, PAIRS, PROMPTS]))  # fmt: skip
-def test_any_json_is_a_row_or_a_value_error(record: Any, table: Any):
+def test_any_json_is_a_row_or_a_value_error(record: Any, table: Any) -> None:
     with suppress(ValueError):
         assert isinstance(parse(record, table), ChatRow | PairRow | PromptRow)
 
@@ -308,5 +308,5 @@ def test_any_json_is_a_row_or_a_value_error(record: Any, table: Any):
         (read_prompts, "preferences/rasbt_pref_1100.json", 1100),
     ],
 )
-def test_real_files_read_whole(test_data: Path, reader: Any, name: str, count: int):
+def test_real_files_read_whole(test_data: Path, reader: Any, name: str, count: int) -> None:
     assert len(reader(test_data / name)) == count
