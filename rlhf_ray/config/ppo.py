@@ -1,4 +1,4 @@
-"""The configuration of a PPO run.  Names and defaults are ALGORITHMS.md's; sources are named there."""
+"""The configuration of a PPO run; the equations and their sources are in docs/ALGORITHMS.md."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class NativeModel:
             for name, linear in projections.items():  # whose weight an adapter may be merged into at this look
                 setattr(layer, f"{name}_weight", self._panels(f"{number}.{name}.weight", linear.weight))
                 setattr(layer, f"{name}_bias", self._vector(f"{number}.{name}.bias", linear.bias))
-        self._layers = layers
+        self._layers = layers  # kept, as the model below has its address alone
         self._struct = _Model(
             n_layer=config.n_layer,
             n_embd=config.n_embd,
