@@ -156,8 +156,7 @@ class PPOConfig(RunFields):
     """What each of several learners holds of policy, critic and optimiser: none: all; fsdp2: a part."""
     weight_sync: Literal["auto", "store", "direct"] = "auto"
     """How weights reach rollout workers. store: through Ray's object store; direct: read by those on the learner's GPU
-    from its memory, or broadcast by a learner without one; auto: what has been shown to be faster, today the
-    store."""
+    from its memory, or broadcast by a learner without one; auto: today the store."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     rollout_cpus: float = Field(0.25, gt=0)
     """CPU share that one rollout worker reserves: bookkeeping for placement, not a limit."""
