@@ -163,7 +163,7 @@ def test_it_says_first_whether_the_run_learned(page: str) -> None:
 def test_curves_take_their_colours_from_the_page_and_say_what_they_show(page: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", page)
     assert len(charts) == 12 and all('role="img" aria-label="' in chart for chart in charts)
-    assert 'aria-label="Reward: score' not in page
+    assert 'aria-label="Reward: first from 0.017 to 0.96; less the KL penalty' in page  # the run's name is "first"
     assert "var(--line0)" in charts[0] and "var(--grid)" in charts[0]
     assert not re.search(r"#0000[0-9a-f]{2}|font-family|DejaVu", "".join(charts))
 
