@@ -9,12 +9,15 @@ Left out on purpose: which worker goes where, which is ``placement.py``'s; waiti
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import ray
@@ -37,6 +40,7 @@ def start() -> None:
         runtime_env = {} if in_a_job() else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
         ray.init(address=os.environ["RAY_ADDRESS"], runtime_env=runtime_env, **options)
     else:
+        _make_token()
         ray.init(address="local", **options)
     _keep_token_private()
 
@@ -119,9 +123,31 @@ def check_shared(folders: Sequence[Path], machines: Iterable[Node]) -> None:
             )
 
 
+def _token() -> Path:
+    """Where Ray keeps the token of this user's clusters."""
+    return Path.home() / ".ray" / "auth_token"
+
+
+def _make_token() -> None:
+    """Write a token for its owner alone, where there is none and one is wanted.
+
+    Of several runs that start together all take the first one's: Ray would have each write its own over the others',
+    with which their clusters have begun.
+    """
+    token, given = _token(), {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
+    if given or os.environ.get("RAY_AUTH_MODE") != "token" or token.is_file():
+        return
+    token.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("w", dir=token.parent, encoding="utf-8") as new:
+        new.write(secrets.token_hex(32))
+        new.flush()
+        with suppress(FileExistsError):
+            os.link(new.name, token)
+
+
 def _keep_token_private() -> None:
-    """Take the token that Ray writes, readable by every user of the machine, back to its owner."""
-    token = Path.home() / ".ray" / "auth_token"
+    """Take a token that Ray has written, readable by every user of the machine, back to its owner."""
+    token = _token()
     if token.is_file() and token.stat().st_mode & 0o077:
         token.chmod(0o600)
 
