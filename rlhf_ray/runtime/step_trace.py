@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from rlhf_ray.runtime.crew import RayCrew
 from rlhf_ray.runtime.train_step import World
 
 HOW_TO_OPEN = "open it at https://ui.perfetto.dev, or in chrome://tracing"
-RAY_SECONDS = 2.0
-"""Until Ray tells of a call that has ended; it gathers them for a second."""
+RAY_SECONDS = 30.0
+"""At most, until Ray tells of a call that has ended; it gathers them for a second, and more on a busy machine."""
+LOOK_SECONDS = 0.5
 
 
 class StepTrace(Trace):
@@ -137,13 +138,23 @@ class CrewsTrace(StepTrace):
                 processes[name] = ray.get(ref, timeout=0)
             except RayError:  # it is dead, or hangs
                 missing.append(name)
-        time.sleep(RAY_SECONDS)
-        noted = ray._private.state.state.profile_events()
+        noted = _noted(whole, [process for name, process in processes.items() if name != self.name])
         spans = {name: _during(whole, _of_ray(noted.get(process, ()))) for name, process in processes.items()}
         spans[self.name].append(whole)
         lanes = [Lane(name=name, recording=self.part(name), spans=spans[name]) for name in processes]
         waits = _during(whole, [wait for crew in self._crews for wait in list(crew.queue.waits)])
         return [lanes[0], Lane(name="waiting for a worker", spans=waits), *lanes[1:]], missing
+
+
+def _noted(whole: Span, workers: Sequence[str]) -> Mapping[str, Sequence[dict[str, Any]]]:
+    """What Ray has noted of every process, once it tells of the calls by which workers have ended their recordings."""
+    deadline = time.monotonic() + RAY_SECONDS
+    while True:
+        noted: Mapping[str, Sequence[dict[str, Any]]] = ray._private.state.state.profile_events()
+        told = [any(event["start_time"] >= whole.ended for event in noted.get(worker, ())) for worker in workers]
+        if all(told) or time.monotonic() > deadline:
+            return noted
+        time.sleep(LOOK_SECONDS)
 
 
 def _of_ray(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
