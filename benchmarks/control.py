@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,11 @@ BYTES = 30
 
 def daemons() -> list[Path]:
     """What the system says of Ray's daemons here, which are this process's children: control store, raylet, ..."""
-    stats = Path("/proc").glob("[0-9]*/stat")
-    return [stat for stat in stats if stat.exists() and int(cells(stat)[1]) == os.getpid()]
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            found += [stat] if int(cells(stat)[1]) == os.getpid() else []
+    return found
 
 
 def cells(stat: Path) -> list[str]:

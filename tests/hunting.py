@@ -36,8 +36,11 @@ def descendants(ancestor: int | None = None) -> list[int]:
     return found[1:]
 
 
-def strike(call: str, number: signal.Signals, *, seconds: float = 120.0) -> None:
-    """Send a signal to an actor that is in the middle of ``<role>.<method>``; the first to be seen there."""
+def strike(call: str, number: signal.Signals, *, during: str = "", seconds: float = 120.0) -> None:
+    """Send a signal to an actor that is in the middle of ``<role>.<method>``; the first to be seen there.
+
+    ``during`` is a call of another one's that can't end without it: what is done already is let go.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pids = descendants()
@@ -46,7 +49,7 @@ def strike(call: str, number: signal.Signals, *, seconds: float = 120.0) -> None
             for pid in pids:
                 if title(pid) == f"ray::{call}":
                     os.kill(pid, signal.SIGSTOP)
-                    if title(pid) == f"ray::{call}":  # it has not ended meanwhile
+                    if title(pid) == f"ray::{call}" and (not during or _waits(during, pids)):  # it has not ended
                         os.kill(pid, number)
                         return
                     os.kill(pid, signal.SIGCONT)
@@ -54,17 +57,27 @@ def strike(call: str, number: signal.Signals, *, seconds: float = 120.0) -> None
     raise AssertionError(f"nobody was seen at {call} for {seconds:g} s")
 
 
-class Hunt:
-    """Strikes one after the other, beside the test: (when, call, signal)."""
+Strike = tuple[Callable[[], bool], str, signal.Signals] | tuple[Callable[[], bool], str, signal.Signals, str]
+"""When, and the arguments of `strike`."""
 
-    def __init__(self, *strikes: tuple[Callable[[], bool], str, signal.Signals]) -> None:
+
+def _waits(call: str, pids: Sequence[int]) -> bool:
+    """Whether one of the processes is at a call, a while after it should have ended."""
+    time.sleep(0.3)
+    return any(title(pid) == f"ray::{call}" for pid in pids)
+
+
+class Hunt:
+    """Strikes one after the other, beside the test."""
+
+    def __init__(self, *strikes: Strike) -> None:
         self.left = list(strikes)
         self._thread = Thread(target=self._run, args=(strikes,), daemon=True)
         self._thread.start()
 
-    def _run(self, strikes: Sequence[tuple[Callable[[], bool], str, signal.Signals]]) -> None:
-        for when, call, number in strikes:
+    def _run(self, strikes: Sequence[Strike]) -> None:
+        for when, call, number, *during in strikes:
             while not when():
                 time.sleep(0.001)
-            strike(call, number)
+            strike(call, number, during="".join(during))
             self.left.pop(0)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from deploy import check_manifests
 from rlhf_ray import crews
 from rlhf_ray.config import PPOConfig, load
 from rlhf_ray.config.loader import REPOSITORY
-from rlhf_ray.runtime.cluster import check_shared, connect, nodes
+from rlhf_ray.runtime.cluster import _make_token, check_shared, connect, nodes
 from rlhf_ray.runtime.placement import NODE_ID, Node, Request, place, refuse
 
 
@@ -112,6 +113,24 @@ def test_what_the_cluster_lacks_is_refused_with_a_table(capsys: pytest.CaptureFi
         check_shared([tmp_path / "absent"], [here])
 
 
+def test_runs_that_start_together_make_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    seen: list[str] = []
+
+    def start(_: int) -> None:
+        _make_token()
+        seen.append(token.read_text(encoding="utf-8"))
+
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": str(tmp_path), "RAY_AUTH_MODE": "token"}.items():
+        monkeypatch.setenv(name, value)
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(start, range(50)))
+    assert set(seen) == {token.read_text(encoding="utf-8")} and len(seen[0]) == 64
+    assert [file.name for file in token.parent.iterdir()] == [token.name] and token.stat().st_mode & 0o777 == 0o600
+
+
 LISTENERS = """
 import os
 from contextlib import suppress
@@ -122,10 +141,12 @@ connect(need=[])
 ray.get(ray.remote(lambda: None).remote())  # so that there is a worker
 rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
 held = set()
-for file in (file for pid in [os.getpid(), *descendants()] for file in Path(f"/proc/{pid}/fd").iterdir()):
-    with suppress(FileNotFoundError):
-        held.add(os.readlink(file))
-print(*{row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held})
+for pid in [os.getpid(), *descendants()]:
+    with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile, or closed the file
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):
+                held.add(os.readlink(file))
+print("listening:", *{row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in held})
 """
 """Says the addresses, as the kernel writes them, of all sockets on which a process and its Ray listen."""
 
@@ -135,7 +156,8 @@ def test_one_box_listens_on_loopback_alone_and_keeps_its_token_to_its_owner(tmp_
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     env = {**clean, "HOME": str(tmp_path), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run([sys.executable, "-c", LISTENERS], env=env, capture_output=True, text=True, check=True)
-    found = set(done.stdout.strip().splitlines()[-1].split())
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("listening: ")]  # Ray may add its own
+    found = set(line.split()[1:])
     assert found and found <= {"0100007F", "0" * 24 + "01000000", "0000000000000000FFFF00000100007F"}
     assert token.read_text(encoding="utf-8") and token.stat().st_mode & 0o777 == 0o600
 

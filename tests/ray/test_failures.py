@@ -79,7 +79,7 @@ def test_the_learners_death_takes_the_run_back_to_its_last_checkpoint(world: Pat
     config = ppo_config(world, run="unlearned", num_rollout_workers=2, weight_sync="direct", **CHANGES)
     hunt = Hunt(
         (lambda: True, "learner.update", SIGKILL),
-        (logged(config, 2), "rollout.receive", SIGKILL),
+        (logged(config, 2), "rollout.receive", SIGKILL, "learner.weights"),
         (logged(config, 3), "learner.evaluate", SIGKILL),
     )
     app.train_ppo(config)

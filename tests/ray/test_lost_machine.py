@@ -40,12 +40,19 @@ IN_STORES = {"max_direct_call_object_size": 1000}
 """Bytes; larger values stay where they were made, as those of real models do."""
 
 
+class Patient(Cluster):
+    """Gives a machine that is busy with other things the time to start one more."""
+
+    def _wait_for_node(self, node: Any, timeout: float = 300.0) -> None:
+        super()._wait_for_node(node, timeout)
+
+
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Two raylets, of which this process is on the first."""
     ray.shutdown()
     head = {"num_cpus": 2, "include_dashboard": False, "_system_config": {**NOTICED_SOON, **IN_STORES}}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = Patient(initialize_head=True, head_node_args=head)
     cluster.add_node(num_cpus=2)
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)
     yield cluster
@@ -117,18 +124,19 @@ def test_values_lost_with_their_machine_are_made_again_and_its_worker_when_there
 
 def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_happened(cluster: Cluster, tmp_path: Path) -> None:
     make_world(tmp_path)
-    changes: dict[str, Any] = {"total_steps": 8, "save_every": 4, "max_staleness": 1, "generation": {"shard_size": 2}}
+    changes: dict[str, Any] = {"total_steps": 12, "save_every": 4, "max_staleness": 1, "generation": {"shard_size": 2}}
     alone, spread = (ppo_config(tmp_path, run=name, **changes) for name in ("alone", "spread"))
     app.train_ppo(alone)
 
     def lose_it_in_mid_run() -> None:
-        while len(read_metrics(app.run_folder(spread))) < 3:
+        while len(read_metrics(app.run_folder(spread))) < 2:
             time.sleep(0.01)
         lose_second(cluster)
 
     thread = Thread(target=lose_it_in_mid_run, daemon=True)
     thread.start()
     app.train_ppo(spread.model_copy(update={"num_rollout_workers": 2, "placement": "spread"}))
+    thread.join(60)
     assert not thread.is_alive()
     numbers = [
         [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in read_metrics(folder)]
@@ -153,7 +161,7 @@ def test_a_run_whose_head_is_gone_ends_and_the_same_command_goes_on(cluster: Clu
         time.sleep(0.01)
     cluster.remove_node(cluster.head_node, allow_graceful=False)
     app.train_ppo(whole)  # meanwhile
-    assert run.wait(120) not in (0, 3)
+    assert run.wait(300) not in (0, 3)
     app.train_ppo(config)
     assert "going on from" in (app.run_folder(config) / "log.txt").read_text(encoding="utf-8")
     assert end_of(app.run_folder(config), 30) == end_of(app.run_folder(whole), 30)

@@ -9,6 +9,7 @@ import re
 import signal
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from threading import Thread
 
@@ -44,7 +45,7 @@ def scrape(run: str) -> Seen:
     for target in group["targets"]:
         try:
             text = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
-        except OSError:  # Ray lists its own ones before they listen, and resets connections while it starts
+        except (OSError, HTTPException):  # Ray lists its own before they listen, and breaks off while it starts
             continue
         seen |= {(n, role, worker): float(v) for n, role, of, worker, v in SAMPLE.findall(text) if of == run}
     return seen
@@ -52,14 +53,14 @@ def scrape(run: str) -> Seen:
 
 def watch(run: str, found: Seen) -> None:
     """Look until everything is there, then ask the run to stop."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if ray.is_initialized() and (session() / "prom_metrics_service_discovery.json").exists():
-            found |= scrape(run)
-            if found.keys() >= EXPECTED:
-                break
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGINT)
+    deadline = time.monotonic() + 300
+    try:
+        while not found.keys() >= EXPECTED and time.monotonic() < deadline:
+            time.sleep(1)
+            if ray.is_initialized() and (session() / "prom_metrics_service_discovery.json").exists():
+                found |= scrape(run)
+    finally:  # or it would go on for ever
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def check_trace(path: Path) -> None:
@@ -97,7 +98,7 @@ def test_every_documented_metric_is_there_with_the_value_of_the_run(tmp_path: Pa
     of_run = {(name, role): value for (name, role, worker), value in found.items() if not worker}
     rows = {row["step"]: row for row in read_metrics(folder)}
     step = int(of_run["ray_rlhf_step", ""])
-    near = [rows[number] for number in (step - 1, step, step + 1) if number in rows]  # a scrape may fall between two
+    near = [rows[number] for number in range(step - 2, step + 3) if number in rows]  # a scrape may fall between some
     for metric in STEP:
         if metric.key != "step":
             value = of_run[metric.exported, metric.role]

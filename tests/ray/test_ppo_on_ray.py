@@ -103,13 +103,18 @@ def test_generating_ahead_gives_the_same_on_any_number_of_workers_and_after_a_re
         assert (folder / "step_000004" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+def actors() -> set[str]:
+    """Every actor that there has been."""
+    return set(cluster.ray._private.state.actors())
+
+
 def test_more_workers_than_there_are_resources_is_refused_before_any_starts(world: Path) -> None:
     config = ppo_config(world, run="many", num_rollout_workers=1000, host_memory="1000GB")
-    cluster.connect(need={})  # the time to start Ray itself is not counted
-    before = time.monotonic()
+    cluster.connect(need=[])
+    before = actors()
     with pytest.raises(ValueError, match=r"the cluster can't give 250\.3 CPU \(there are \d+\); ask for fewer"):
         app.train_ppo(config)
-    assert time.monotonic() - before < 5
+    assert actors() == before
     assert not (app.run_folder(config) / "config.yaml").exists()
 
 
@@ -132,7 +137,7 @@ def test_the_error_of_a_workers_constructor_arrives_as_itself_and_leaves_no_acto
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         app.train_ppo(config)
     every = cluster.ray.cluster_resources()["CPU"]  # not what was free before: an earlier run's actors may still go
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while cluster.ray.available_resources().get("CPU", 0.0) < every - 1e-6 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert cluster.ray.available_resources()["CPU"] == pytest.approx(every)
@@ -162,11 +167,11 @@ def test_ctrl_c_finishes_the_step_saves_and_the_same_command_goes_on(repository:
         process = subprocess.Popen(
             line, cwd=world, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while len(read_metrics(folder)) <= done and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "Traceback" not in err and "stopping: this step is finished and saved first" in err
         steps = [row["step"] for row in read_metrics(folder)]

@@ -278,7 +278,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(repository: Path, 
         screen.expect("error: unknown command /nonsense")
         screen.expect("> ")
         os.write(controller, b"\x04")
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=120) == 0
     finally:
         process.kill()
         process.wait()

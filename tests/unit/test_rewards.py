@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -308,13 +307,16 @@ def test_too_few_scores_are_refused_and_nan_is_passed_on(world: Path, rollout: R
 
 
 def test_a_server_that_is_too_slow_is_given_up(world: Path, rollout: Rollout, server: Server) -> None:
+    given_up = threading.Event()
+
     def answer(body: dict[str, Any], n: int) -> tuple[int, bytes]:
-        time.sleep(0.3)
+        given_up.wait(60)
         return 200, scores_of(body)
 
     server.answer = answer
     with pytest.raises(ValueError, match=r"did not answer in 2 attempts: timed out"):
         served(world, server, retries=1, timeout=0.05).score(rollout)
+    given_up.set()
 
 
 def test_a_server_that_speaks_no_http_is_given_up(world: Path, rollout: Rollout) -> None:
