@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,12 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
 from worlds import make_world, ppo_config
 
 from rlhf_ray import app
@@ -26,21 +30,26 @@ from rlhf_ray.config import PPOConfig
 from rlhf_ray.run import read_metrics
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
-STEPS = 40
+STEPS = 20
+TOKEN = "0123456789abcdef" * 2
+PORTS = range(20_000, 32_000)
+"""Below those that the system hands out to whoever asks for any, another cluster that starts meanwhile among them."""
 
 
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, 1000):
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    assert len(found) == count
+    return found
 
 
-def wait_until(holds: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+def wait_until(holds: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what} did not come in {seconds:g} s"
@@ -56,13 +65,14 @@ class Cluster:
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": "0123456789abcdef" * 2,
+            "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
         }
         self.machines: list[subprocess.Popen[bytes]] = []
-        self._log = (folder / "ray.log").open("wb")
+        self.log = folder / "ray.log"
+        self._log = self.log.open("wb")
         # A socket's path may have 107 characters, which pytest's own folders would use up.
         self._temporary = Path(tempfile.mkdtemp(prefix="ray_", dir="/tmp"))
 
@@ -71,10 +81,14 @@ class Cluster:
         gcs, dashboard, client, first, second = self._ports
         head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
         self._start(*head, agent=first)
-        wait_until(lambda: self.ray("job", "list").returncode == 0, "the head")
-        address = f"--address={ray.util.get_node_ip_address()}:{gcs}"
-        self._start(address, agent=second)
-        wait_until(lambda: self.ray("status", address).stdout.count(" 1 node_") == 2, "the second machine")
+        self._start(f"--address={ray.util.get_node_ip_address()}:{gcs}", agent=second)
+        wait_until(self._takes_jobs, "whoever takes jobs")
+
+    def _takes_jobs(self) -> bool:
+        with suppress(OSError, RuntimeError):
+            self.jobs().list_jobs()
+            return True
+        return False
 
     def _start(self, *options: str, agent: int) -> None:
         temporary = f"--temp-dir={self._temporary / str(len(self.machines))}"
@@ -87,10 +101,19 @@ class Cluster:
         line = [*RAY, "start", "--block", temporary, *common, *options]
         machine = subprocess.Popen(line, env=self.env, stdout=self._log, stderr=self._log, start_new_session=True)
         self.machines.append(machine)
+        wait_until(lambda: self._started() == len(self.machines), "a machine")
 
-    def ray(self, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of Ray's against the cluster, with changes to the environment."""
-        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.url, **changes}
+    def _started(self) -> int:
+        assert all(machine.poll() is None for machine in self.machines), self.log.read_text(errors="replace")
+        return self.log.read_bytes().count(b"Ray runtime started")
+
+    def jobs(self, token: str = TOKEN) -> JobSubmissionClient:
+        """Who takes jobs, asked by its HTTP."""
+        return JobSubmissionClient(self.url, headers={"Authorization": f"Bearer {token}"})
+
+    def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of Ray's against the cluster."""
+        env = {**self.env, "RAY_API_SERVER_ADDRESS": self.url}
         return subprocess.run(
             [*RAY, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -105,7 +128,7 @@ class Cluster:
         for machine in reversed(self.machines):
             if machine.poll() is None:
                 machine.terminate()
-                machine.wait(timeout=60)
+                machine.wait(timeout=300)
         self._log.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -140,8 +163,15 @@ def test_a_submitted_run_is_stopped_goes_on_loses_a_machine_and_equals_one_on_on
         to = ["--submission-id", name, "--runtime-env-json", runtime, "--working-dir", str(repository)]
         return cluster.ray("job", "submit", *to, *options, "--", *entry, *flags)
 
-    stranger = cluster.ray("job", "list", RAY_AUTH_TOKEN="f" * 32)
-    assert stranger.returncode != 0 and "authentication is enabled" in stranger.stdout
+    def ended(name: str) -> str:
+        """How a job has ended, when it has."""
+        status = lambda: jobs.get_job_status(name)  # noqa: E731
+        wait_until(lambda: status().is_terminal(), f"the end of {name}")
+        return str(status().value)
+
+    with pytest.raises(AuthenticationError, match="Authentication failed"):
+        cluster.jobs(token="f" * 32).list_jobs()
+    jobs = cluster.jobs()
 
     refused = submit("refused", flags=["--checkpoints", "checkpoints"])
     assert refused.returncode == 1
@@ -149,19 +179,19 @@ def test_a_submitted_run_is_stopped_goes_on_loses_a_machine_and_equals_one_on_on
 
     submit("stopped", "--no-wait")
     wait_until(lambda: len(measured(job)) >= 2, "step 2")
-    cluster.ray("job", "stop", "stopped")
+    jobs.stop_job("stopped")
+    assert ended("stopped") == JobStatus.STOPPED
     done = len(measured(job))
-    assert "Job 'stopped' was stopped" in cluster.ray("job", "status", "stopped").stdout
     assert (app.run_folder(job) / "latest").read_text().strip() == f"step_{done:06d}" and done < STEPS
-    assert f"stopped after step {done}; the same command goes on" in cluster.ray("job", "logs", "stopped").stdout
+    assert f"stopped after step {done}; the same command goes on" in jobs.get_job_logs("stopped")
 
     submit("again", "--no-wait")
     wait_until(lambda: len(measured(job)) >= done + 2, "two more steps")
     cluster.lose(cluster.machines[1])
-    followed = cluster.ray("job", "logs", "--follow", "again")
-    assert "going on from" in followed.stdout and f"ppo {STEPS}/{STEPS}" in followed.stdout
-    assert re.search(r"workers: learner 1 on \S+ \w+; rollout 1 on .*, 1 on ", followed.stdout), followed.stdout
-    assert "Job 'again' succeeded" in cluster.ray("job", "status", "again").stdout
+    assert ended("again") == JobStatus.SUCCEEDED
+    said = jobs.get_job_logs("again")
+    assert "going on from" in said and f"ppo {STEPS}/{STEPS}" in said
+    assert re.search(r"workers: learner 1 on \S+ \w+; rollout 1 on .*, 1 on ", said), said
 
     app.train_ppo(alone)
     assert measured(job) == measured(alone)
