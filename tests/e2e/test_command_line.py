@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_script
 from worlds import make_world
 
 from rlhf_ray.tokenizer import train_bpe
@@ -38,12 +39,12 @@ def command(repository: Path, folder: Path, script: str, *arguments: str) -> sub
 
 
 def ppo(repository: Path, world: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """PPO in the small world; an argument given again replaces the first."""
+    """PPO in the small world, its imports done; an argument given again replaces the first."""
     given = {"--policy": "policy", "--reward": "reward", "--prompts": "prompts.jsonl", "--checkpoints": "checkpoints"}
     words = list(arguments)
     for name, value in given.items():
         words += [] if name in arguments else [name, value]
-    return command(repository, world, "ppo.py", "--config", "small.yaml", *words)
+    return run_script(repository / "launch" / "ppo.py", ["--config", "small.yaml", *words], cwd=world)
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], world: Path, *parts: str) -> None:
@@ -131,8 +132,17 @@ def test_prompts_that_are_all_too_long_are_refused(repository: Path, world: Path
 
 def test_no_reward_is_refused(repository: Path, world: Path) -> None:
     (world / "none.yaml").write_text(SMALL + "rewards: []\n", encoding="utf-8")
-    done = command(repository, world, "ppo.py", "--config", "none.yaml", "--policy", "policy", "--prompts",
-                   "prompts.jsonl", "--checkpoints", "checkpoints")  # fmt: skip
+    words = [
+        "--config",
+        "none.yaml",
+        "--policy",
+        "policy",
+        "--prompts",
+        "prompts.jsonl",
+        "--checkpoints",
+        "checkpoints",
+    ]
+    done = run_script(repository / "launch" / "ppo.py", words, cwd=world)
     assert_refused(done, world, "rewards is empty", "--reward")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from forked import exit_code
 from worlds import make_world, ppo_config
 
 from rlhf_ray import app, cli
@@ -32,12 +32,7 @@ def run(config: PPOConfig, folder: Path, limit: int = 0) -> tuple[int | None, li
     """Exit code and what was said of errors."""
     file, errors = folder / "config.yaml", folder / "errors.txt"
     file.write_text(yaml.safe_dump(config.resolved()), encoding="utf-8")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf_ray.app"])
-    process = context.Process(target=command, args=(["--config", str(file)], limit, errors))
-    process.start()
-    process.join(300)
-    return process.exitcode, errors.read_text().splitlines()
+    return exit_code(command, ["--config", str(file)], limit, errors), errors.read_text().splitlines()
 
 
 @pytest.fixture(scope="module")

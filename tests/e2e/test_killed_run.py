@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import run_ends
+from forked import exit_code
 from worlds import chats_config, make_world, ppo_config, write_chats
 
 from rlhf_ray import app, stages
@@ -117,12 +117,7 @@ def striking_time(real: Callable[..., Any], phase: str, when: int, number: signa
 
 def in_a_process(config: PPOConfig | SFTConfig, phase: str | None = None, when: int | str = 0) -> int | None:
     """Exit code of a process with nothing of this one but its imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlhf_ray.app", "rlhf_ray.stages", "ray.train.torch", "torch.utils.tensorboard"])
-    process = context.Process(target=train, args=(config, phase, when))
-    process.start()
-    process.join(300)
-    return process.exitcode
+    return exit_code(train, config, phase, when)
 
 
 def end_of(config: PPOConfig) -> dict[str, Any]:

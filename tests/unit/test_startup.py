@@ -21,36 +21,36 @@ WORDS = ("data.py", "doctor.py", "report.py", "tokenizer.py")
 HEAVY = ("torch", "ray", "numpy", "pyarrow", "tensorboard", "matplotlib", "transformers", "pandas", "safetensors")
 WATCH = """
 import runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as end:
-    print("exit", end.code, file=sys.stderr)
+script, *lines = sys.argv[1:]
+for line in lines:
+    sys.argv = [script, *line.split()]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        print("exit", end.code, file=sys.stderr)
 print("loaded", *sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
 """
 
 
-def loaded(*command: str) -> tuple[str, set[str]]:
-    """What a command says on standard error, and the packages that it has imported in the end."""
-    line = [sys.executable, "-c", WATCH, *command]
+def loaded(script: Path, *lines: str) -> tuple[str, set[str]]:
+    """What a script says on standard error when it is given these words one after the other, and the packages that it
+    has imported in the end.
+    """
+    line = [sys.executable, "-c", WATCH, str(script), *lines]
     said = subprocess.run(line, capture_output=True, text=True, timeout=120, check=True).stderr.splitlines()
     return "\n".join(said[:-1]), set(said[-1].split()[1:])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_a_wrong_flag_import_nothing_heavy(script: str) -> None:
-    for flag, code in (("--help", "exit 0"), ("--no-such-flag", "exit 2")):
-        said, packages = loaded(str(REPOSITORY / "launch" / script), flag)
-        assert said.splitlines()[-1] == code
-        assert "argparse" in packages and not packages & set(HEAVY)
-
-
-@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in WORDS])
-def test_a_value_that_does_not_fit_is_told_before_anything_heavy_is_imported(script: str, tmp_path: Path) -> None:
+def test_help_a_wrong_flag_and_a_wrong_value_import_nothing_heavy(script: str, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("no_such_key: 1\n", encoding="utf-8")
-    said, packages = loaded(str(REPOSITORY / "launch" / script), "--config", str(tmp_path / "wrong.yaml"))
-    assert "unknown key no_such_key" in said and said.splitlines()[-1] == "exit 2"
-    assert not packages & set(HEAVY)
+    wrong = [] if script in WORDS else [f"--config {tmp_path / 'wrong.yaml'}"]
+    said, packages = loaded(REPOSITORY / "launch" / script, "--help", "--no-such-flag", *wrong)
+    assert "argparse" in packages and not packages & set(HEAVY)
+    *told, end = said.splitlines()
+    assert told[0] == "exit 0" and end == "exit 2" and len(told) > 1
+    if wrong:
+        assert told[-2] == "exit 2" and "unknown key no_such_key" in told[-1]
 
 
 def test_opening_a_model_leaves_the_compiler_out(tmp_path: Path) -> None:
