@@ -27,7 +27,7 @@ from rlhf_ray.config import Optimiser, SFTConfig
 from rlhf_ray.run import read_metrics
 from rlhf_ray.runtime import train as runtime
 
-STEPS = 120
+STEPS = 240
 
 
 @pytest.fixture(scope="module")
@@ -91,33 +91,28 @@ def test_two_workers_give_the_weights_of_one_process(config: SFTConfig, undistur
     assert {event["pid"] for event in events if event["name"] == "gradient"} == {1, 2}
 
 
-def test_a_killed_worker_is_replaced_and_changes_nothing(config: SFTConfig, undisturbed: Path) -> None:
-    killed = config.model_copy(update={"run": "killed"})
+def test_a_killed_worker_is_replaced_sigterm_reaches_all_and_neither_changes_anything(
+    config: SFTConfig, undisturbed: Path
+) -> None:
+    config = config.model_copy(update={"run": "disturbed"})
+    log = run_folder(config) / "log.txt"
 
-    def kill(folder: Path) -> None:
+    def kill_and_stop(folder: Path) -> None:
         os.kill(json.loads((folder / ".lock").read_text())["pid"], signal.SIGKILL)
+        while "going on after step" not in log.read_text():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = once_saved(killed, kill)
-    stages.sft(killed)
-    thread.join(timeout=1)
-    assert "going on after step" in (run_folder(killed) / "log.txt").read_text()
-    expected = weights(undisturbed)
-    for name, tensor in weights(run_folder(killed) / undisturbed.name).items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def test_sigterm_reaches_the_workers_and_the_run_can_be_resumed(config: SFTConfig, undisturbed: Path) -> None:
-    stopped = config.model_copy(update={"run": "stopped"})
-    thread = once_saved(stopped, lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+    thread = once_saved(config, kill_and_stop)
     with pytest.raises(runtime.Interrupted, match="run the same command again"):
-        stages.sft(stopped)
-    thread.join(timeout=1)
-    newest = (run_folder(stopped) / "latest").read_text().strip()
-    assert newest < undisturbed.name and not stages.complete(stopped)
-    stages.sft(stopped)
-    assert stages.complete(stopped)
+        stages.sft(config)
+    thread.join(timeout=60)
+    newest = (run_folder(config) / "latest").read_text().strip()
+    assert newest < undisturbed.name and not stages.complete(config)
+    stages.sft(config)
+    assert stages.complete(config) and log.read_text().count("going on after step") == 2
     expected = weights(undisturbed)
-    for name, tensor in weights(run_folder(stopped) / undisturbed.name).items():
+    for name, tensor in weights(run_folder(config) / undisturbed.name).items():
         assert torch.equal(tensor, expected[name]), name
 
 
