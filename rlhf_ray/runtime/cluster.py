@@ -132,7 +132,7 @@ def _make_token() -> None:
     """Write a token for its owner alone, where there is none and one is wanted.
 
     Of several runs that start together all take the first one's: Ray would have each write its own over the others',
-    with which their clusters have begun.
+    with which their clusters have begun.  Where files can't be linked it is Ray's own again.
     """
     token, given = _token(), {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys()
     if given or os.environ.get("RAY_AUTH_MODE") != "token" or token.is_file():
@@ -141,7 +141,7 @@ def _make_token() -> None:
     with NamedTemporaryFile("w", dir=token.parent, encoding="utf-8") as new:
         new.write(secrets.token_hex(32))
         new.flush()
-        with suppress(FileExistsError):
+        with suppress(OSError):  # another run was first
             os.link(new.name, token)
 
 
