@@ -26,7 +26,9 @@ def exit_code(work: Callable[..., None], *arguments: Any) -> int | None:
     process = context.Process(target=work, args=arguments, daemon=False)
     process.start()
     process.join(PATIENCE_SECONDS)
-    return process.exitcode
+    code = process.exitcode
+    process.kill()
+    return code
 
 
 def run_script(script: Path, arguments: Sequence[str], *, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -132,17 +132,8 @@ def test_prompts_that_are_all_too_long_are_refused(repository: Path, world: Path
 
 def test_no_reward_is_refused(repository: Path, world: Path) -> None:
     (world / "none.yaml").write_text(SMALL + "rewards: []\n", encoding="utf-8")
-    words = [
-        "--config",
-        "none.yaml",
-        "--policy",
-        "policy",
-        "--prompts",
-        "prompts.jsonl",
-        "--checkpoints",
-        "checkpoints",
-    ]
-    done = run_script(repository / "launch" / "ppo.py", words, cwd=world)
+    words = "--config none.yaml --policy policy --prompts prompts.jsonl --checkpoints checkpoints"
+    done = run_script(repository / "launch" / "ppo.py", words.split(), cwd=world)
     assert_refused(done, world, "rewards is empty", "--reward")
 
 

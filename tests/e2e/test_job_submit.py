@@ -188,8 +188,8 @@ def test_a_submitted_run_is_stopped_goes_on_loses_a_machine_and_equals_one_on_on
     submit("again", "--no-wait")
     wait_until(lambda: len(measured(job)) >= done + 2, "two more steps")
     cluster.lose(cluster.machines[1])
+    said = cluster.ray("job", "logs", "--follow", "again").stdout
     assert ended("again") == JobStatus.SUCCEEDED
-    said = jobs.get_job_logs("again")
     assert "going on from" in said and f"ppo {STEPS}/{STEPS}" in said
     assert re.search(r"workers: learner 1 on \S+ \w+; rollout 1 on .*, 1 on ", said), said
 
