@@ -9,10 +9,13 @@ larger; which processes take part, and what becomes of their files (``runtime/st
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import get_native_id
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ ENVIRONMENT = {
     "KINETO_LOG_LEVEL": "6",  # it says at every start and stop that it starts and stops
     "TEARDOWN_CUPTI": "0",  # which the CUDA graphs of generation would not survive
 }
+MAIN_THREAD = "main thread"
 _NOTHING = nullcontext()
 _profile: profile | None = None
 
@@ -69,10 +73,12 @@ def begin() -> None:
 
 
 def end(path: Path) -> None:
-    """Write what was recorded as torch's JSON, into a folder that is there."""
+    """Write what was recorded as torch's JSON, into a folder that is there; whoever calls is the main thread."""
     global _profile
     assert _profile, "nothing was recorded"
     ended, _profile = _profile, None
+    names = {thread.native_id: thread.name for thread in threading.enumerate()} | {get_native_id(): MAIN_THREAD}
+    ended.add_metadata_json("threads", json.dumps(names))  # torch knows them by their numbers alone
     ended.stop()
     ended.export_chrome_trace(str(path))
 

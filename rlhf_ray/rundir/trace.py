@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.profiling import MAIN_THREAD
+
 ROWS = 1000
-"""Rows that a lane may have; their numbers are unique in the whole trace, which not every viewer needs."""
+"""Rows that a lane may have.  Lanes are numbered in thousands, as viewers write the number behind the name, where it is
+not to be taken for a worker's; rows count on from there, as some viewers want numbers that are unique in the trace.
+"""
 FLOWS = "stf"
 """Phases of arrows: start, step, finish."""
 
@@ -71,31 +75,35 @@ class _Writing:
 
     def __init__(self, number: int, lane: Lane, begun: int) -> None:
         self._number, self._lane, self._begun = number, lane, begun
+        self._pid = number * ROWS
         self._rows: dict[Any, int] = {}
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Everything, names first."""
         yield self._name("process_name", name=self._lane.name)
         yield self._name("process_sort_index", sort_index=self._number)
+        if self._lane.recording:
+            yield from self._recorded(json.loads(self._lane.recording.read_bytes()))
         for row, span in laid_out(self._lane.spans):
             yield from self._row(row, row)
             begun = max(span.begun, self._begun)
             yield self._event("X", row, span.name, begun, cat="noted") | {"dur": (span.ended - begun) / 1e3}
-        if self._lane.recording:
-            yield from self._recorded(json.loads(self._lane.recording.read_bytes()))
 
     def _recorded(self, trace: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What torch has recorded: operations, spans, kernels, and the arrows between them.
 
-        Its ``pid`` is the process, or the number of a GPU.
+        Its ``pid`` is the process, or the number of a GPU.  The main thread's row is the first.
         """
-        base, found = trace["baseTimeNanoseconds"], trace["traceEvents"]
+        base, found, threads = trace["baseTimeNanoseconds"], trace["traceEvents"], trace["threads"]
         labels = {event["pid"]: event["args"]["labels"] for event in found if event["name"] == "process_labels"}
-        for event in found:
+        (ended,) = [event["ts"] for event in found if event["name"] == "Record Window End"]
+        for event in sorted(found, key=lambda event: threads.get(str(event["tid"])) != MAIN_THREAD):
             pid, tid, phase = event["pid"], event["tid"], event["ph"]
             if pid not in labels or phase not in ("X", *FLOWS):
                 continue  # names, which are ours to give, and marks of the profiler itself
-            thread = "main thread" if tid == pid else f"thread {tid}"
+            if event["ts"] > ended:
+                continue  # a thread had just begun it when all ended: it begins in the year 2262
+            thread = threads.get(str(tid), f"thread {tid}")
             yield from self._row((pid, tid), thread if labels[pid] == "CPU" else f"{labels[pid]} stream {tid}")
             at = base + round(event["ts"] * 1e3)
             made = self._event(phase, (pid, tid), event["name"], at, cat=event["cat"])
@@ -107,20 +115,20 @@ class _Writing:
     def _row(self, row: Any, name: str) -> Iterator[dict[str, Any]]:
         """The name of a row, when it is first met."""
         if row not in self._rows:
-            self._rows[row] = len(self._rows)
+            self._rows[row] = len(self._rows) + 1
             yield self._name("thread_name", row, name=name)
             yield self._name("thread_sort_index", row, sort_index=self._rows[row])
 
     def _name(self, what: str, row: Any = None, **arguments: Any) -> dict[str, Any]:
-        tid = self._tid(row) if row else self._number * ROWS
-        return {"ph": "M", "name": what, "pid": self._number, "tid": tid, "args": arguments}
+        tid = self._tid(row) if row else self._pid
+        return {"ph": "M", "name": what, "pid": self._pid, "tid": tid, "args": arguments}
 
     def _event(self, phase: str, row: Any, name: str, at: int, *, cat: str) -> dict[str, Any]:
         since = (at - self._begun) / 1e3
-        return {"ph": phase, "name": name, "cat": cat, "pid": self._number, "tid": self._tid(row), "ts": since}
+        return {"ph": phase, "name": name, "cat": cat, "pid": self._pid, "tid": self._tid(row), "ts": since}
 
     def _tid(self, row: Any) -> int:
-        return self._number * ROWS + self._rows[row]
+        return self._pid + self._rows[row]
 
 
 def laid_out(spans: Iterable[Span]) -> Iterator[tuple[str, Span]]:

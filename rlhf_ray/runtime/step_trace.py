@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class StepTrace(Trace):
         self.path = folder / "trace" / f"{step_name(step)}.json.gz"
         self._parts = folder / "trace" / step_name(step)
         self._begun = 0
+        self._step = ExitStack()
         self._ready = False
 
     def begin(self, step: int) -> None:
@@ -56,6 +58,7 @@ class StepTrace(Trace):
             self._begun = time.time_ns()
             self._parts.mkdir(parents=True, exist_ok=True)
             self.everybody("begin")
+            self._step.enter_context(profiling.span(f"step {step}"))
 
     def end(self, step: int, run: Run | None) -> None:
         """Write what was recorded, if this is the step; the ``run`` then has all parts made into one file."""
@@ -64,6 +67,7 @@ class StepTrace(Trace):
             run.say(f"step {self.step} was done before: there is no trace of it")
         if step != self.step:
             return
+        self._step.close()
         whole = Span(row="steps", name=f"step {step}", begun=self._begun, ended=time.time_ns())
         profiling.end(self.part(self.name))
         self.others_end()
@@ -73,6 +77,7 @@ class StepTrace(Trace):
 
     def close(self) -> None:
         """Record no longer, if the step was broken off."""
+        self._step.close()
         profiling.drop()
 
     def part(self, name: str) -> Path:
@@ -88,7 +93,7 @@ class StepTrace(Trace):
 
     def lanes(self, whole: Span) -> tuple[list[Lane], list[str]]:
         """Everybody's lanes, and who is missing; called by the writer, and waits until all have written."""
-        return [Lane(name=self.name, recording=self.part(self.name), spans=[whole])], []
+        return [Lane(name=self.name, recording=self.part(self.name))], []
 
     def _merge(self, run: Run, whole: Span) -> None:
         try:
@@ -111,7 +116,8 @@ class CrewsTrace(StepTrace):
     def __init__(self, folder: Path, step: int, *, name: str, crews: Sequence[RayCrew], patience: float) -> None:
         """``patience`` is how many seconds workers may take over what they are at when the step ends."""
         super().__init__(folder, step, name=name)
-        self._crews, self._patience = crews, patience
+        self._crews = sorted(crews, key=lambda crew: crew.together)  # below who answers and judges, who learns from it
+        self._patience = patience
         self._actors: dict[str, Any] = {}
         self._told: dict[str, Any] = {}
 
@@ -140,7 +146,6 @@ class CrewsTrace(StepTrace):
                 missing.append(name)
         noted = _noted(whole, [process for name, process in processes.items() if name != self.name])
         spans = {name: _during(whole, _of_ray(noted.get(process, ()))) for name, process in processes.items()}
-        spans[self.name].append(whole)
         lanes = [Lane(name=name, recording=self.part(name), spans=spans[name]) for name in processes]
         waits = _during(whole, [wait for crew in self._crews for wait in list(crew.queue.waits)])
         return [lanes[0], Lane(name="waiting for a worker", spans=waits), *lanes[1:]], missing

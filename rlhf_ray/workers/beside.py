@@ -42,7 +42,7 @@ def beside(first: Network, second: Network) -> tuple[Outputs, Outputs]:
 
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(2, initializer=_start, initargs=(threads,))
+    return ThreadPoolExecutor(2, "network", initializer=_start, initargs=(threads,))
 
 
 def _start(threads: int) -> None:

@@ -75,8 +75,10 @@ def check_trace(path: Path) -> None:
             spans.setdefault((lanes[event["pid"]], event["name"]), []).append(times)
     assert set(lanes.values()) == {"driver", "waiting for a worker", *(worker for _, worker in WORKERS)}
     assert trace["otherData"] == {"run": "watched", "step": 2, "missing": []}
-    (learn,), (update,) = spans["driver", "learn"], spans["learner worker 0", "learner.update"]
-    assert learn[0] <= update[0] <= update[1] <= learn[1]
+    (step,), (learn,), (update,) = (
+        spans[name] for name in (("driver", "step 2"), ("driver", "learn"), ("learner worker 0", "learner.update"))
+    )
+    assert step[0] <= learn[0] <= update[0] <= update[1] <= learn[1] <= step[1]
     asked, *_, had = spans["driver", "generate"]
     rows = [time for rank in (0, 1) for time in spans.get((f"rollout worker {rank}", "rollout.generate"), [])]
     assert len(rows) == 3 and all(asked[0] <= begun <= ended <= had[1] for begun, ended in rows)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,12 @@ def test_every_thread_is_recorded_on_the_clock_of_the_system(tmp_path: Path) -> 
     profiling.warm_up()
     profiling.begin()
     begun = time.time_ns()
-    with span("outside"):
-        work()
-        thread = threading.Thread(target=lambda: span("beside").__enter__() and work())
-        thread.start()
-        thread.join()
-    ended = time.time_ns()
-    profiling.end(tmp_path / "part.json")
+    with ThreadPoolExecutor(1, "beside") as threads:
+        with span("outside"):
+            threads.submit(work).result()
+            work()
+        ended = time.time_ns()
+        profiling.end(tmp_path / "part.json")
     assert span("nobody looks") is span("nor here")
     count = write_trace(tmp_path / "all.gz", [Lane(name="one", recording=tmp_path / "part.json")], begun, {"step": 3})
     trace = read(tmp_path / "all.gz")
@@ -62,22 +61,26 @@ def test_every_thread_is_recorded_on_the_clock_of_the_system(tmp_path: Path) -> 
     products = [event for event in events if event["name"] == "aten::matmul"]
     assert len({event["tid"] for event in products}) == 2
     assert all(outside["ts"] <= event["ts"] <= outside["ts"] + outside["dur"] for event in products)
-    assert sorted(named(events, "thread_name").values())[0] == "main thread"
+    assert list(named(events, "thread_name").values()) == ["main thread", "beside_0"]
 
 
 def recording(path: Path, base: int) -> Path:
-    """What torch writes: an operation, its kernel on a GPU, the arrow between them, and marks of its own."""
+    """What torch writes: an operation, its kernel on a GPU, the arrow between them, another thread's operation that had
+    just begun when all ended, and marks of its own.
+    """
     events: list[Event] = [
         {"ph": "M", "name": "process_labels", "pid": 70, "tid": 0, "args": {"labels": "CPU"}},
         {"ph": "M", "name": "process_labels", "pid": 0, "tid": 0, "args": {"labels": "GPU 0"}},
         {"ph": "X", "cat": "cpu_op", "name": "aten::mm", "pid": 70, "tid": 71, "ts": 10.5, "dur": 4.0, "args": {}},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::item", "pid": 70, "tid": 72, "ts": 9e15, "dur": 0.0, "args": {}},
         {"ph": "X", "cat": "kernel", "name": "gemm", "pid": 0, "tid": 7, "ts": 12.25, "dur": 30.0, "args": {}},
         {"ph": "s", "cat": "ac2g", "name": "ac2g", "id": 5, "pid": 70, "tid": 71, "ts": 10.5},
         {"ph": "f", "cat": "ac2g", "name": "ac2g", "id": 5, "pid": 0, "tid": 7, "ts": 12.25, "bp": "e"},
         {"ph": "X", "cat": "Trace", "name": "PyTorch Profiler (0)", "pid": "Spans", "tid": "", "ts": 1.0, "dur": 2.0},
         {"ph": "i", "s": "g", "name": "Record Window End", "pid": "", "tid": "", "ts": 50.0},
     ]
-    path.write_text(json.dumps({"baseTimeNanoseconds": base, "traceEvents": events}), encoding="utf-8")
+    facts = {"baseTimeNanoseconds": base, "threads": {"70": "main thread", "72": "writer_0"}}
+    path.write_text(json.dumps({**facts, "traceEvents": events}), encoding="utf-8")
     return path
 
 
@@ -89,15 +92,15 @@ def test_processes_of_one_number_become_lanes_of_their_own_with_their_gpus_and_w
     events: list[Event] = read(tmp_path / "all.gz")["traceEvents"]
     assert list(named(events, "process_name").values()) == ["first", "second"]
     threads = ["thread 71", "GPU 0 stream 7"]
-    assert list(named(events, "thread_name").values()) == ["ray", *threads, *threads]
+    assert list(named(events, "thread_name").values()) == [*threads, "ray", *threads]
     assert len(named(events, "thread_name")) == len({tid for _, tid in named(events, "thread_name")})
     times = {(e["pid"], e["name"]): (e["ts"], e["dur"]) for e in events if e["ph"] == "X"}
     assert times == {
-        (1, "call"): (0, 20.0),  # it began before
-        (1, "aten::mm"): (10.5, 4.0),
-        (1, "gemm"): (12.25, 30.0),
-        (2, "aten::mm"): (1010.5, 4.0),
-        (2, "gemm"): (1012.25, 30.0),
+        (1000, "call"): (0, 20.0),  # it began before
+        (1000, "aten::mm"): (10.5, 4.0),
+        (1000, "gemm"): (12.25, 30.0),
+        (2000, "aten::mm"): (1010.5, 4.0),
+        (2000, "gemm"): (1012.25, 30.0),
     }
     arrows = [(e["ph"], e["id"]) for e in events if e["ph"] in "sf"]
     assert len(arrows) == 4 and len({number for _, number in arrows}) == 2
