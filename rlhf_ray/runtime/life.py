@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,18 @@ from rlhf_ray.workers.groups import Given
 
 GRACE_SECONDS = 30.0
 """That the other ranks have after one's error: it may be the echo of a death that is not known of yet."""
+_started: Counter[str] = Counter()
+
+
+def _namespace() -> str:
+    """Where Ray keeps the names of this process's actors, apart from those of other runs of the cluster."""
+    return f"rlhf_ray {ray.get_runtime_context().get_job_id()}"
+
+
+def _unused(name: str) -> str:
+    """A name that no actor has had: Ray refuses one whose last bearer it does not yet know to be dead."""
+    _started[name] += 1
+    return f"{name} ({_started[name]})" if _started[name] > 1 else name
 
 
 class Life:
@@ -29,7 +42,11 @@ class Life:
         """Start the actors."""
         send_as_arrays()
         self.rank, self.role, self.names = rank, role, names
-        self.actors = [remote.remote(name, role, run) for name, remote in zip(names, remotes, strict=True)]
+        options = [{"name": _unused(f"{run}: {name}"), "namespace": _namespace()} for name in names]
+        self.actors = [
+            remote.options(**named).remote(name, role, run)
+            for name, remote, named in zip(names, remotes, options, strict=True)
+        ]
         self.by_name = dict(zip(names, self.actors, strict=True))
         self.built = False
         self.jobs: list[Job] = []

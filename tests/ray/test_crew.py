@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ray.exceptions import ObjectLostError
+from ray.util import list_named_actors
 from worlds import Workers, make_world, ppo_config, stir
 
 from rlhf_ray.crews import worker_arguments
@@ -142,7 +143,9 @@ def test_the_dead_are_replaced_as_often_as_the_run_stands_it_and_mistakes_are_no
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     said: list[str] = []
     deaths = Deaths(3, 600.0, said.append)
-    crew = RayCrew(MortalWorker, {"notes": tmp_path}, role="mortal", seats=seats, deaths=deaths, timeout=120.0)
+    crew = RayCrew(
+        MortalWorker, {"notes": tmp_path}, role="mortal", run="fallen", seats=seats, deaths=deaths, timeout=120.0
+    )
     try:
         wait_until_built([crew])
         with pytest.raises(KeyError, match="answer"):
@@ -157,6 +160,10 @@ def test_the_dead_are_replaced_as_often_as_the_run_stands_it_and_mistakes_are_no
         assert [other.result() for other in others] == [f"never {i}" for i in range(4)]
         assert falls.result() == "often"
         assert deaths.count == len(said) == 3
+        named = [actor["name"] for actor in list_named_actors(all_namespaces=True)]
+        living = [re.fullmatch(r"fallen: mortal worker ([01])( \((\d)\))?", name) for name in named]
+        assert sorted(name[1] for name in living if name) == ["0", "1"]  # of the dead, no more
+        assert sum(int(name[3] or 1) - 1 for name in living if name) == 3
         for line in said:
             assert line.startswith("mortal worker ") and line.endswith("; replaced, 1 job handed out again")
         with Run.open(tmp_path / "run", {}, resume=False) as run:
