@@ -56,7 +56,7 @@ def _kicker(records: Sequence[RunRecord]) -> str:
     if record.machine:
         gpu, cores = record.machine["GPU"], record.machine["processor"].rpartition(", ")[2]
         parts.append(gpu if gpu != "none" else cores)
-    return f'<p class="kicker">{escape(" · ".join(parts))}</p>'
+    return f'<p class="kicker">{" · ".join(f"<span>{escape(part)}</span>" for part in parts)}</p>'
 
 
 def _single_headline(record: RunRecord) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from rlhf_ray.config import Config, PPOConfig, PretrainConfig, RewardModelConfig, SFTConfig
 from rlhf_ray.doctor import Finding, diagnose
 from rlhf_ray.report.record import RunRecord
-from rlhf_ray.report.text import duration, escape, number, percent, rows, settings_of
+from rlhf_ray.report.text import difference, duration, escape, number, percent, rows, settings_of
 
 CONFIGS: dict[str, type[Config]] = {
     "ppo": PPOConfig,
@@ -109,17 +110,11 @@ def _evaluation_table(found: dict[str, Any]) -> str:
     for name, label in MEASURES.items():
         if name not in found["policy"]:
             continue
-        before, after = found["baseline"][name], found["policy"][name]
-        cells = [
-            _with_interval(name, value, intervals.get(who, {}).get(name))
-            for who, value in (("baseline", before), ("policy", after))
-        ]
+        before, after, shares = found["baseline"][name], found["policy"][name], name == "eos_rate"
+        shown, differing = percent if shares else number, partial(difference, shares=shares)
+        columns = [("baseline", before, shown), ("policy", after, shown), ("difference", after - before, differing)]
         lines.append(
-            [
-                label,
-                *cells,
-                _with_interval(name, after - before, intervals.get("difference", {}).get(name), signed=True),
-            ]
+            [label, *(_with_interval(value, intervals.get(who, {}).get(name), say) for who, value, say in columns)]
         )
     win = found.get("win_rate")
     if win:
@@ -131,13 +126,10 @@ def _evaluation_table(found: dict[str, Any]) -> str:
     )
 
 
-def _with_interval(name: str, value: float, interval: list[float] | None, *, signed: bool = False) -> str:
-    def shown(x: float) -> str:
-        return percent(x, signed=signed) if name == "eos_rate" else number(x, signed=signed)
-
+def _with_interval(value: float, interval: list[float] | None, shown: Callable[[float], str]) -> str:
     if interval is None or interval[0] == interval[1]:
         return shown(value)
-    return f"{shown(value)} <small>{shown(interval[0])} to {shown(interval[1])}</small>"
+    return f"{shown(value)} <small>{shown(interval[0]).removesuffix(' points')} to {shown(interval[1])}</small>"
 
 
 def memory(record: RunRecord) -> str:

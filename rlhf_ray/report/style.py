@@ -37,12 +37,12 @@ p{margin:0 0 8px}
 small,.note,.empty{font-size:13px;color:var(--muted);font-weight:400}
 p.note{margin-top:10px}
 a{color:var(--accent)}
-.kicker{color:var(--muted);margin:6px 0 0}
+.kicker{color:var(--muted);margin:6px 0 0}.kicker span{white-space:nowrap}
 .lead{color:var(--muted);max-width:44em}
 .verdict{font-size:20px;line-height:1.5;max-width:44em;margin:32px 0 0;letter-spacing:-.005em}
 .headline{display:grid;grid-template-columns:repeat(auto-fit,minmax(172px,1fr));gap:32px 24px;margin:40px 0 0}
 .headline dt{font-size:13px;color:var(--muted)}
-.headline dd{margin:0}
+.headline dd{margin:0;line-height:1.35}
 .headline .value{font-size:36px;line-height:1.25;font-weight:600;letter-spacing:-.025em}
 .headline .good{color:var(--accent)}.headline .bad{color:var(--alarm)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:6px 24px;padding:10px 0;margin:18px 0 0;position:sticky;top:0;

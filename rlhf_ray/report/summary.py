@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rlhf_ray.report.curves import metric
 from rlhf_ray.report.record import RunRecord
 from rlhf_ray.report.series import Series
-from rlhf_ray.report.text import number, percent
+from rlhf_ray.report.text import difference, number, percent
 
 CLEAR = 3.0
 """Standard errors from which a change is one."""
@@ -70,9 +70,7 @@ def _moved(record: RunRecord, label: str, name: str, *, shares: bool = False, to
         return None
     shown = percent if shares else number
     after, before = _after(record, values), values.first
-    change = f"from {shown(before)}, {shown(after - before, signed=True)}"
-    if shares:
-        change = f"from {shown(before)}, {number(100 * (after - before), signed=True)} points"
+    change = f"from {shown(before)}, {difference(after - before, shares=shares)}"
     return Fact(label=label, value=shown(after), change=change, tone=tone)
 
 

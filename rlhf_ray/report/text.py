@@ -30,11 +30,16 @@ def number(value: float, *, signed: bool = False) -> str:
     return sign + text
 
 
-def percent(share: float, *, signed: bool = False) -> str:
+def percent(share: float) -> str:
     """A share in per cent, to one place where that says something: 98.4 %, 100 %."""
     text = f"{abs(100 * share):.1f}".removesuffix(".0")
-    sign = "−" if share < 0 and text != "0" else "+" if signed and share > 0 else ""
+    sign = "−" if share < 0 and text != "0" else ""
     return f"{sign}{text}\N{NO-BREAK SPACE}%"
+
+
+def difference(value: float, *, shares: bool = False) -> str:
+    """How much larger one number is than another, of two shares in points of a per cent: +0.91, +1.56 points."""
+    return f"{number(100 * value, signed=True)} points" if shares else number(value, signed=True)
 
 
 def duration(seconds: float) -> str:

@@ -110,7 +110,7 @@ def make_run(folder: Path, *, steps: int = 60, gain: float = 1.0, seed: int = 0)
         "prompts": 256,
         "win_rate": {"rate": 0.826, "low": 0.775, "high": 0.868},
         "baseline": numbers,
-        "policy": {**numbers, "judge": 3.25},
+        "policy": {**numbers, "judge": 3.25, "eos_rate": 0.915},
         "intervals": {"baseline": {}, "policy": {"judge": [3.11, 3.36]}, "difference": {"judge": [1.13, 1.37]}},
     }
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
@@ -154,7 +154,14 @@ def test_it_says_first_whether_the_run_learned(page: str) -> None:
     assert "The reward rose from 0.017 to 0.96 (standard error of the change 0.095)" in text
     assert "A judge that no training touched prefers its answers on 82.6\N{NO-BREAK SPACE}% of held-out" in text
     assert text.index("The reward rose") < text.index("How it went") < text.index("before and after")
-    for fact in ("60 steps", "2 min 0 s", "21 November 2026", "3.25 3.11 to 3.36", "+1.25 +1.13 to +1.37"):
+    for fact in (
+        "60 steps",
+        "2 min 0 s",
+        "21 November 2026",
+        "3.25 3.11 to 3.36",
+        "+1.25 +1.13 to +1.37",
+        "+1.50 points",
+    ):
         assert fact in text
     assert "learner0.55 GB0.48 GB" in text and "ppo.micro_batch_size = 8; halved" in text
     assert "as memory did not suffice: learner: ppo.micro_batch_size = 4." in text
