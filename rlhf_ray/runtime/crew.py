@@ -26,6 +26,7 @@ from threading import Lock
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from rlhf_ray.failures import Deaths, GaveUp, WorkerLost
 from rlhf_ray.runtime.actor import (
@@ -173,9 +174,9 @@ class RayCrew:
         """Start the actor of a rank, or those of all ranks together."""
         ranks = range(self.size) if self.together else [rank]
         names = [f"{self.role} worker {rank}" for rank in ranks]
-        life = Life(rank, self.role, names, [self._remotes[rank] for rank in ranks], self.run)
-        own = self._own()
+        own = self._own()  # put before actors are named, which waits for the head: a run whose head is gone ends here
         arguments = [self._shared | {name: ray.put(value) for name, value in own[rank].items()} for rank in ranks]
+        life = Life(rank, self.role, names, [self._remotes[rank] for rank in ranks], self.run)
         for name, ref in zip(names, life.build(self._worker_class, arguments, seconds=self.timeout), strict=True):
             self._dispatcher.when_done(ref.future(), self._built, life, name)
         return life
@@ -277,11 +278,10 @@ class RayCrew:
         try:
             if life.built or why != MACHINE_GONE:  # Ray may start one on a machine that it does not yet know is gone
                 self._deaths.note(who, why, "replaced" + life.jobs_in_words)
-        except GaveUp as error:
+            self._dispatcher.again(*life.jobs)
+            self._lives[life.rank] = self._start(life.rank)
+        except (GaveUp, RayError) as error:  # it was too often, or the head of the cluster does not answer
             self._fail(error)
-            return
-        self._dispatcher.again(*life.jobs)
-        self._lives[life.rank] = self._start(life.rank)
 
     def _retire(self, life: Life) -> None:
         self._dispatcher.gone(life.rank)
