@@ -272,7 +272,7 @@ def main() -> None:
     options_of.add_argument("--long", type=int, default=512, help="tokens of a longer response")
     options_of.add_argument("--share", type=float, default=0.01, help="CPU share of an actor, to Ray")
     options = options_of.parse_args()
-    shrink(options, workers=[2], each=8, shard=4, rows=[8, 16], prompt=4, new=4, long=4)
+    shrink(options, workers=[1], each=8, shard=4, rows=[8, 16], prompt=4, new=4, long=4)
     report = Report("control", options)
     importable()
     extrapolate(report, measure_sizes(report), measure_workers(report))

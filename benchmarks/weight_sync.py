@@ -281,7 +281,7 @@ def main() -> None:
     options_of.add_argument("--machines", type=int, default=1, help="raylets that workers are spread over")
     options_of.add_argument("--memory", type=float, default=math.inf, help="GB, at most")
     options = options_of.parse_args()
-    shrink(options, sizes=["tiny"], workers=[2])
+    shrink(options, sizes=["tiny"], workers=[1])
     report = Report("weight_sync", options)
     if options.machines == 1:
         measure_steps(report)

@@ -12,6 +12,8 @@ import torch
 from rlhf_ray.native.build import cache_folder
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Ray's workers yield to everybody else; beside another process of tests, that is to starve until its deadlines pass.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(autouse=True)
